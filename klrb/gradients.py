@@ -64,7 +64,7 @@ def _check_finite(mask, **tensors):
             raise ValueError(f"`{name}` is {o[rollout, step].item()} at rollout {rollout}, step {step}: " + why.get(name,
                              "KL(policy || reference) is infinite and has no gradient. Exclude the token from both models, or mask the step") + ".")
 
-# %% ../nbs/03_gradients.ipynb #41af57b6
+# %% ../nbs/03_gradients.ipynb #24dfcd72
 def _terms(method, policy_logprobs, ref_logprobs, step_kl, in_tail):
     "What each step contributes: given its prefix, and given its token too, (B, T) each."
     zero = torch.zeros_like(policy_logprobs)
@@ -72,7 +72,7 @@ def _terms(method, policy_logprobs, ref_logprobs, step_kl, in_tail):
     if method == "k3_reward": return zero, k3(policy_logprobs, ref_logprobs)
     sampled = k1(policy_logprobs, ref_logprobs)
     if method in ("mc", "mc_to_go"): return zero, sampled
-    tail = torch.where(in_tail == 1, sampled, 0.)  # rb_topk
+    tail = torch.where(in_tail == 1, sampled, 0.).detach()  # rb_topk
     return step_kl - tail, tail
 
 _WHOLE_SEQUENCE = ("mc", "rb_sequence", "k3_reward")
@@ -150,7 +150,7 @@ def _check_options(method, old_logprobs, baseline, max_ratio, shape):
     if isinstance(baseline, Tensor) and not info.has_score:
         raise ValueError(f"`baseline` is a tensor, but {method!r} has no score term that it could apply to.")
 
-# %% ../nbs/03_gradients.ipynb #da7eae6c
+# %% ../nbs/03_gradients.ipynb #bc4054c3
 def kl_surrogate(
     method:str, # a key of `GRADIENTS`
     policy_logprobs:Tensor, # log-probability of each sampled token under the policy, with its graph, (B, T)
@@ -183,5 +183,4 @@ def kl_surrogate(
     if isinstance(baseline, str): baseline = kl_baseline(method, policy_logprobs, ref_logprobs, mask, step_kl, prompt_ids, in_tail)
     if baseline is not None: weights = weights - after * baseline.detach().to(dtype).masked_fill(~mask, 0.)
     score = (lp - lp.detach()) * weights  # zero, with the gradient of the score part
-    pathwise = prefix + (sampled if method == "rb_topk" else sampled.detach())
-    return (pathwise + score).sum() / len(lp)
+    return (prefix + sampled.detach() + score).sum() / len(lp)

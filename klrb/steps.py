@@ -130,7 +130,7 @@ def topk_tail(
                          f"`completion_ids`, {tuple(completion_ids.shape)}.")
     return (topk_ids != completion_ids[..., None]).all(-1)
 
-# %% ../nbs/01_steps.ipynb #23beb4b0
+# %% ../nbs/01_steps.ipynb #dc7fe0c8
 def step_kl_from_topk(
     topk_ids:Tensor, # ids of the policy's k most likely tokens, (B, T, k)
     policy_topk_logprobs:Tensor, # their log-probabilities under the policy, (B, T, k)
@@ -139,20 +139,24 @@ def step_kl_from_topk(
     policy_logprobs:Tensor, # log-probability of each sampled token under the policy, (B, T)
     ref_logprobs:Tensor, # the same under the reference, (B, T)
 )->Tensor: # unbiased estimate of `step_kl`, (B, T)
-    "`step_kl_topk` from stored log-probabilities, as an inference server returns them (eq. 9)."
+    """`step_kl_topk` from stored log-probabilities, as an inference server returns them (eq. 9).
+
+    Differentiating it in the policy gives a **biased** gradient; `klrb.gradients.kl_surrogate` with `rb_topk` does not.
+    """
     check_float(policy_topk_logprobs=policy_topk_logprobs, ref_topk_logprobs=ref_topk_logprobs)
     if topk_ids.shape != policy_topk_logprobs.shape:
         raise ValueError(f"`topk_ids` has shape {tuple(topk_ids.shape)}; it must be that of `policy_topk_logprobs`, "
                          f"{tuple(policy_topk_logprobs.shape)}.")
-    sampled = k1(policy_logprobs, ref_logprobs)
+    tail = torch.where(topk_tail(topk_ids, completion_ids), k1(policy_logprobs.detach(), ref_logprobs), 0.)
     logp, logq = _upcast(policy_topk_logprobs, ref_topk_logprobs)
     no_mass = logp == -torch.inf  # 0 log 0 = 0
     infinite = (~no_mass & (logq == -torch.inf)).any(-1)
     log_ratio = logp.masked_fill(no_mass, 0.) - logq.masked_fill(no_mass | (logq == -torch.inf), 0.)
     head = (logp.exp() * log_ratio).sum(-1).masked_fill(infinite, torch.inf)
-    return head + torch.where(topk_tail(topk_ids, completion_ids), sampled, 0.)
+    mass = logp.exp().sum(-1)
+    return head + tail - (mass - mass.detach())  # the last term is 0, with the expected gradient of the tail's log p
 
-# %% ../nbs/01_steps.ipynb #59a34bd3
+# %% ../nbs/01_steps.ipynb #d673d712
 def step_kl_topk(
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
@@ -162,7 +166,7 @@ def step_kl_topk(
     """Exact over the policy's top k tokens, plus `k1` of the sampled token when it falls outside (eq. 9).
 
     `k = V` is `step_kl` and `k = 0` is `k1`. A token id outside the vocabulary (padding such as -100) gives NaN.
-    Differentiating it gives a **biased** gradient; `klrb.gradients.kl_surrogate` with `rb_topk` does not.
+    Differentiating it in the policy gives a **biased** gradient; `klrb.gradients.kl_surrogate` with `rb_topk` does not.
     """
     check_float(policy_logits=policy_logits, ref_logits=ref_logits)
     vocab_size = policy_logits.shape[-1]
