@@ -67,12 +67,12 @@ ESTIMATORS = {o.name: o for o in (
     Estimator("rb_cv", True, False, True, "rb + alpha (mc - rb), alpha cross-fitted"),
 )}
 
-# %% ../nbs/02_estimators.ipynb #ec713b50
-def _cross_fitted(values, control):
+# %% ../nbs/02_estimators.ipynb #543b590d
+def _cross_fitted(values, control, at_least=10):
     "values + alpha * control with alpha for each rollout fitted on the others, (B,)."
     n = len(values)
     usable = values.isfinite() & control.isfinite()
-    if n < 3 or not usable.all(): return values
+    if n < at_least or not usable.all(): return values
     alpha = []
     for own in torch.arange(n, device=values.device).split(max(1, 4_000_000 // n)):  # bounds the memory
         others = own[:, None] != torch.arange(n, device=values.device)  # (own, B)
