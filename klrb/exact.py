@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TabularLM', 'Rollouts', 'enumerate_rollouts', 'exact_kl', 'exact_kl_gradient', 'Moments', 'exact_moments',
-           'GradientMoments', 'exact_gradient_moments']
+           'GradientMoments', 'exact_gradient_moments', 'MarkovLM', 'markov_kl']
 
 # %% ../nbs/00_exact.ipynb #f4763151
 import itertools
@@ -131,14 +131,19 @@ def exact_kl_gradient(
     "The gradient of `exact_kl` by automatic differentiation of the enumerated sum."
     return torch.autograd.grad(exact_kl(policy, reference), policy.table)[0]
 
-# %% ../nbs/00_exact.ipynb #2cb1e056
+# %% ../nbs/00_exact.ipynb #a01e6510
 @dataclass
 class Moments:
     "Exact mean and variance of an estimate."
     mean: float # expected value
     variance: float # variance of one estimate, that is of the mean over one group of rollouts
 
-# %% ../nbs/00_exact.ipynb #0f19b511
+    @property
+    def std(self)->float:
+        "Standard deviation of one estimate."
+        return math.sqrt(max(self.variance, 0.))
+
+# %% ../nbs/00_exact.ipynb #9b769359
 def exact_moments(
     estimator:Callable, # takes `Rollouts`, returns one value per rollout, (B,)
     policy:TabularLM, # the policy p
@@ -146,15 +151,18 @@ def exact_moments(
     group_size:int=1, # M, rollouts that one estimate is made from
     sampler:TabularLM|None=None, # the model that draws the rollouts; None: the policy
 )->Moments: # of the mean over `group_size` rollouts
-    """Exact mean and variance of `estimator`, by enumeration.
+    """Exact mean and variance of `estimator` (eq. 2), by enumeration.
 
     With `group_size=1` the estimator is called once, on all rollouts. Otherwise it is called once per multiset of
-    rollouts and must not depend on their order.
+    rollouts, may return their mean instead of their values, and must not depend on their order.
     """
+    _check_group_size(group_size)
     with torch.no_grad():
         rollouts = enumerate_rollouts(policy, reference, sampler)
         if group_size == 1:
             values, prob = estimator(rollouts), rollouts.prob
+            if values.shape != prob.shape:
+                raise ValueError(f"`estimator` returned shape {tuple(values.shape)}; it must return one value per rollout, {tuple(prob.shape)}.")
         else:
             groups = list(itertools.combinations_with_replacement(range(len(rollouts)), group_size))
             values = torch.stack([torch.as_tensor(estimator(rollouts[list(g)])).mean() for g in groups])
@@ -162,6 +170,10 @@ def exact_moments(
             prob = rollouts.prob[torch.tensor(groups)].prod(-1) * torch.tensor(orders, dtype=torch.float64)
         mean = (prob * values).sum()
         return Moments(mean.item(), (prob * (values - mean)**2).sum().item())
+
+def _check_group_size(group_size):
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"`group_size` is {group_size!r}; it must be an integer of at least 1.")
 
 # %% ../nbs/00_exact.ipynb #e021babb
 @dataclass
@@ -191,7 +203,7 @@ def _group_gradients(surrogate, rollouts, index, policy):
     out.index_add_(0, rows.flatten(), grad.flatten(0, 1))
     return out.view(num_groups, *policy.table.shape)
 
-# %% ../nbs/00_exact.ipynb #f651f3e5
+# %% ../nbs/00_exact.ipynb #41d12f5a
 def exact_gradient_moments(
     surrogate:Callable, # takes `Rollouts`, returns a scalar: the mean over rollouts of something to differentiate
     policy:TabularLM, # the policy p
@@ -200,11 +212,12 @@ def exact_gradient_moments(
     sampler:TabularLM|None=None, # the model that draws the rollouts; None: the policy
     separate:bool=False, # call the surrogate once per group (slow), not once for many groups
 )->GradientMoments: # of the gradient of the mean over `group_size` rollouts
-    """Exact mean and covariance trace of the gradient of `surrogate`, over all ordered groups of rollouts.
+    """Exact mean and covariance trace of the gradient of `surrogate` (eq. 3), over all ordered groups of rollouts.
 
     Many groups are evaluated in one call; `Rollouts.prompt_ids` tells them apart, and rollouts of different prompts
     must not interact. Raises `ValueError` when they do; `separate=True` then gives the moments.
     """
+    _check_group_size(group_size)
     rollouts = enumerate_rollouts(policy, reference, sampler)
     size, total = len(rollouts), len(rollouts)**group_size
     chunk = 1 if separate else max(1, 2_000_000 // policy.table.numel())
@@ -222,3 +235,49 @@ def exact_gradient_moments(
         mean += (prob[:, None, None] * grads).sum(0)
         square += (prob * grads.flatten(1).square().sum(-1)).sum().item()
     return GradientMoments(mean, exact_kl_gradient(policy, reference), square - mean.square().sum().item())
+
+# %% ../nbs/00_exact.ipynb #81af7191
+class MarkovLM(nn.Module):
+    "A language model whose next token depends on the last one only; strings end at EOS or at `max_length`."
+
+    def __init__(self,
+        vocab_size:int, # number of ordinary tokens; EOS comes on top and has the id `vocab_size`
+        max_length:int, # T, the largest number of steps
+        seed:int=0, # seed of the random logits
+        scale:float=1.0, # standard deviation of the logits
+        eos_bias:float=0.0, # added to EOS's logits; negative for long strings
+    ):
+        super().__init__()
+        self.vocab_size, self.max_length, self.eos_id = vocab_size, max_length, vocab_size
+        gen = torch.Generator().manual_seed(seed)
+        table = scale * torch.randn(vocab_size + 1, vocab_size + 1, generator=gen, dtype=torch.float64)
+        table[:, self.eos_id] += eos_bias
+        self.table = nn.Parameter(table)  # row v: next-token logits after token v; last row: at the start, (V, V)
+
+    def forward(self,
+        completion_ids:Tensor, # token ids, (B, T)
+    )->Tensor: # logits of every step given the token before it, (B, T, V)
+        "Logits of all steps, as a real language model returns them."
+        start = torch.full_like(completion_ids[:, :1], self.eos_id)
+        return self.table[torch.cat([start, completion_ids[:, :-1]], 1)]
+
+# %% ../nbs/00_exact.ipynb #458eefa9
+def markov_kl(
+    policy:MarkovLM, # the policy p
+    reference:MarkovLM, # the reference q
+    max_length:int|None=None, # steps to count; None: the policy's `max_length`
+)->Tensor: # KL(policy || reference) in nats per sequence, a scalar with the policy's graph
+    "KL(policy || reference) by the forward recursion of eq. 4."
+    if policy.vocab_size != reference.vocab_size:
+        raise ValueError(f"`policy` has {policy.vocab_size} tokens but `reference` has {reference.vocab_size}; they must be equal.")
+    logp, logq = policy.table.log_softmax(-1), reference.table.detach().log_softmax(-1)
+    excluded = logp == -torch.inf
+    log_ratio = logp.masked_fill(excluded, 0.) - logq.masked_fill(excluded, 0.)
+    row_kl = (logp.exp() * log_ratio).sum(-1)  # of each row of the table, (V,)
+    alpha = torch.zeros_like(row_kl)
+    alpha[policy.eos_id] = 1.  # the last row is the start
+    total = row_kl.new_zeros(())
+    for _ in range(policy.max_length if max_length is None else max_length):
+        total = total + (alpha * row_kl).sum()
+        alpha = (alpha @ logp.exp()) * (torch.arange(len(alpha)) != policy.eos_id)  # strings that end drop out
+    return total
