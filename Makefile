@@ -47,7 +47,7 @@ test: venv
 
 study: venv
 	@echo "running the study, profile $(PROFILE)"
-	$(PY) -m klrb.study --profile "$(PROFILE)"
+	$(VENV)/bin/klrb study --profile "$(PROFILE)"
 
 export: venv
 	@$(PY) tests/check_sync.py export

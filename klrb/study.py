@@ -27,7 +27,9 @@ from .profiles import Profile, get_profile
 # %% auto #0
 __all__ = ['app', 'Run', 'check_parameters', 'execute', 'execute_all', 'study_runs', 'run_study', 'study']
 
-# %% ../nbs/20_study.ipynb #5e247872
+# %% ../nbs/20_study.ipynb #8ed1d730
+_GRID = {"estimators", "betas", "seeds", "updates"}  # which runs there are; one run has them as parameters
+
 @dataclass(frozen=True)
 class Run:
     """One execution of an experiment notebook."""
@@ -41,7 +43,7 @@ class Run:
     def identity(self) -> str: # sha256 of notebook source, parameters and profile
         "What must be the same for a finished run to be skipped."
         cells = [cell["source"] for cell in json.loads(self.notebook.read_text())["cells"]]
-        settings = self.profile.asdict() if self.profile else None
+        settings = {k: v for k, v in self.profile.asdict().items() if k not in _GRID} if self.profile else None
         names = {k: v for k, v in self.parameters.items() if not k.endswith("_dir")}
         return hashlib.sha256(json.dumps([cells, names, settings], sort_keys=True).encode()).hexdigest()
 
@@ -80,7 +82,9 @@ def execute(
         raise RuntimeError(f"`{run.notebook.name}` ended without writing result.json.")
     return time.perf_counter() - began
 
-# %% ../nbs/20_study.ipynb #be887d41
+# %% ../nbs/20_study.ipynb #33e924c8
+_MALLOC = dict(MALLOC_TOP_PAD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30))
+
 def execute_all(
     runs: list[Run], # independent of one another; the longest first
     jobs: int = 2, # notebooks at a time
@@ -92,8 +96,8 @@ def execute_all(
     if len(todo) < len(runs): print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already", flush=True)
     if not todo: return {}
     jobs = min(jobs, len(todo))
-    threads, before = max(1, (os.cpu_count() or 1) // jobs), os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited by the workers and their kernels
+    before = os.environ.copy()
+    os.environ.update(_MALLOC, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))  # inherited by the kernels
     seconds, failed = {}, {}
     try:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -104,14 +108,14 @@ def execute_all(
                 else: seconds[run.out_dir.name] = done.result()
                 print(f"  {run.out_dir.name}: " + (f"FAILED, {failed[run.out_dir.name]}" if error else f"{done.result():.0f} s"), flush=True)
     finally:
-        if before is None: os.environ.pop("OMP_NUM_THREADS")
-        else: os.environ["OMP_NUM_THREADS"] = before
+        os.environ.clear()
+        os.environ.update(before)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed ({', '.join(failed)}); their executed.ipynb shows where. "
                            "The finished ones are kept: run the same command again to try the rest.")
     return seconds
 
-# %% ../nbs/20_study.ipynb #4f303cf4
+# %% ../nbs/20_study.ipynb #bec9c2f1
 def study_runs(
     profile: Profile, # from `get_profile`
     root: Path, # folder of the study
@@ -122,7 +126,7 @@ def study_runs(
 
     Raises `ValueError` for an unknown or biased estimator, or an unknown `start`.
     """
-    unbiased = [name for name, method in GRADIENTS.items() if method.unbiased]
+    unbiased = [name for name, method in GRADIENTS.items() if method.unbiased and name != "rb_topk"]  # as in klrb.rloo
     if unknown := sorted(set(profile.estimators) - set(unbiased)):
         raise ValueError(f"`estimators` has {', '.join(unknown)}; the unbiased methods are {', '.join(unbiased)}.")
     if start not in ("reference", "dpo"): raise ValueError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")

@@ -72,7 +72,7 @@ def _root_links(text: str) -> str:
 
 
 def render_readme(nb: nbformat.NotebookNode) -> str:
-    "Markdown of `nb`: hidden cells left out, nbdev directives stripped, links relative to the root"
+    "Markdown of `nb`: hidden cells left out, `echo: false` without source, directives stripped, links from the root"
     cells = []
     for cell in nb.cells:
         lines = cell.source.splitlines()
@@ -81,7 +81,10 @@ def render_readme(nb: nbformat.NotebookNode) -> str:
         if cell.cell_type == "code":
             cell.source = "\n".join(o for o in lines if not re.match(r"#\|", o)).strip()
             if not cell.source: continue
-            for output in cell.outputs:
+            if "echo: false" in directives:
+                printed = "".join(o.get("text", "") for o in cell.outputs)
+                cell = nbformat.v4.new_markdown_cell(f"```\n{printed.rstrip()}\n```")
+            for output in cell.get("outputs", []):
                 data = output.get("data", {"text/plain": ""})
                 if "text/markdown" in data: output.data = {"text/markdown": data["text/markdown"]}
                 elif any(o.startswith("image/") for o in data):
