@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/00_exact.ipynb #9ea61505
+# %% ../nbs/00_exact.ipynb #4f5b57fa
 class TabularLM(nn.Module):
     "A language model with one row of float64 logits per prefix; strings end at EOS or at `max_length`."
 
@@ -26,9 +26,7 @@ class TabularLM(nn.Module):
         scale:float=1.0, # standard deviation of the logits; 0 gives the uniform model
     ):
         super().__init__()
-        for name, value in dict(vocab_size=vocab_size, max_length=max_length).items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1.")
+        _check_counts(vocab_size=vocab_size, max_length=max_length)
         self.vocab_size, self.max_length, self.eos_id = vocab_size, max_length, vocab_size
         num_prefixes = sum(vocab_size**n for n in range(max_length))
         gen = torch.Generator().manual_seed(seed)
@@ -53,6 +51,10 @@ class TabularLM(nn.Module):
         return self.table[self.prefix_rows(completion_ids)]
 
     def __repr__(self): return f"TabularLM(vocab_size={self.vocab_size}, max_length={self.max_length}, prefixes={len(self.table)})"
+
+def _check_counts(**counts):
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1: raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1.")
 
 # %% ../nbs/00_exact.ipynb #eac7cfd6
 @dataclass
@@ -143,7 +145,7 @@ class Moments:
         "Standard deviation of one estimate."
         return math.sqrt(max(self.variance, 0.))
 
-# %% ../nbs/00_exact.ipynb #9b769359
+# %% ../nbs/00_exact.ipynb #a25eb38f
 def exact_moments(
     estimator:Callable, # takes `Rollouts`, returns one value per rollout, (B,)
     policy:TabularLM, # the policy p
@@ -156,7 +158,7 @@ def exact_moments(
     With `group_size=1` the estimator is called once, on all rollouts. Otherwise it is called once per multiset of
     rollouts, may return their mean instead of their values, and must not depend on their order.
     """
-    _check_group_size(group_size)
+    _check_counts(group_size=group_size)
     with torch.no_grad():
         rollouts = enumerate_rollouts(policy, reference, sampler)
         if group_size == 1:
@@ -171,10 +173,6 @@ def exact_moments(
         mean = (prob * values).sum()
         return Moments(mean.item(), (prob * (values - mean)**2).sum().item())
 
-def _check_group_size(group_size):
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"`group_size` is {group_size!r}; it must be an integer of at least 1.")
-
 # %% ../nbs/00_exact.ipynb #e021babb
 @dataclass
 class GradientMoments:
@@ -188,7 +186,7 @@ class GradientMoments:
         "Length of the bias divided by the length of the exact gradient."
         return ((self.mean - self.exact).norm() / self.exact.norm()).item()
 
-# %% ../nbs/00_exact.ipynb #397cd6a7
+# %% ../nbs/00_exact.ipynb #8058d6eb
 def _group_gradients(surrogate, rollouts, index, policy):
     "Gradient of each group (rows of `index`) with respect to `policy.table`, in one backward pass: (groups, prefixes, V)."
     num_groups, group_size = index.shape
@@ -196,14 +194,16 @@ def _group_gradients(surrogate, rollouts, index, policy):
     batch.policy_logits = batch.policy_logits.detach().requires_grad_()  # a leaf of its own for every rollout
     batch.policy_logprobs = _token_logprobs(batch.policy_logits, batch.completion_ids)
     batch.prompt_ids = torch.arange(num_groups).repeat_interleave(group_size)
-    grad, = torch.autograd.grad(surrogate(batch), batch.policy_logits)  # (B, T, V)
+    loss = surrogate(batch)
+    if loss.numel() != 1: raise ValueError(f"`surrogate` returned shape {tuple(loss.shape)}; it must return a scalar, a mean over rollouts.")
+    grad, = torch.autograd.grad(loss, batch.policy_logits)  # (B, T, V)
     grad = num_groups * grad  # the surrogate is a mean over all groups
     rows = policy.prefix_rows(batch.completion_ids) + batch.prompt_ids[:, None] * len(policy.table)
     out = grad.new_zeros(num_groups * len(policy.table), grad.shape[-1])
     out.index_add_(0, rows.flatten(), grad.flatten(0, 1))
     return out.view(num_groups, *policy.table.shape)
 
-# %% ../nbs/00_exact.ipynb #41d12f5a
+# %% ../nbs/00_exact.ipynb #c1896f10
 def exact_gradient_moments(
     surrogate:Callable, # takes `Rollouts`, returns a scalar: the mean over rollouts of something to differentiate
     policy:TabularLM, # the policy p
@@ -217,7 +217,7 @@ def exact_gradient_moments(
     Many groups are evaluated in one call; `Rollouts.prompt_ids` tells them apart, and rollouts of different prompts
     must not interact. Raises `ValueError` when they do; `separate=True` then gives the moments.
     """
-    _check_group_size(group_size)
+    _check_counts(group_size=group_size)
     rollouts = enumerate_rollouts(policy, reference, sampler)
     size, total = len(rollouts), len(rollouts)**group_size
     chunk = 1 if separate else max(1, 2_000_000 // policy.table.numel())
@@ -236,7 +236,7 @@ def exact_gradient_moments(
         square += (prob * grads.flatten(1).square().sum(-1)).sum().item()
     return GradientMoments(mean, exact_kl_gradient(policy, reference), square - mean.square().sum().item())
 
-# %% ../nbs/00_exact.ipynb #81af7191
+# %% ../nbs/00_exact.ipynb #33842914
 class MarkovLM(nn.Module):
     "A language model whose next token depends on the last one only; strings end at EOS or at `max_length`."
 
@@ -248,6 +248,7 @@ class MarkovLM(nn.Module):
         eos_bias:float=0.0, # added to EOS's logits; negative for long strings
     ):
         super().__init__()
+        _check_counts(vocab_size=vocab_size, max_length=max_length)
         self.vocab_size, self.max_length, self.eos_id = vocab_size, max_length, vocab_size
         gen = torch.Generator().manual_seed(seed)
         table = scale * torch.randn(vocab_size + 1, vocab_size + 1, generator=gen, dtype=torch.float64)
@@ -261,7 +262,7 @@ class MarkovLM(nn.Module):
         start = torch.full_like(completion_ids[:, :1], self.eos_id)
         return self.table[torch.cat([start, completion_ids[:, :-1]], 1)]
 
-# %% ../nbs/00_exact.ipynb #458eefa9
+# %% ../nbs/00_exact.ipynb #a1871ece
 def markov_kl(
     policy:MarkovLM, # the policy p
     reference:MarkovLM, # the reference q
@@ -278,6 +279,6 @@ def markov_kl(
     alpha[policy.eos_id] = 1.  # the last row is the start
     total = row_kl.new_zeros(())
     for _ in range(policy.max_length if max_length is None else max_length):
-        total = total + (alpha * row_kl).sum()
+        total = total + (alpha * row_kl.masked_fill(alpha == 0, 0.)).sum()  # an infinite row that is never reached does not count
         alpha = (alpha @ logp.exp()) * (torch.arange(len(alpha)) != policy.eos_id)  # strings that end drop out
     return total

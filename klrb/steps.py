@@ -74,7 +74,7 @@ def _expm1_minus(x):
     x = x.masked_fill(small, 1.)  # keeps the unused branch, and its gradient, finite
     return torch.where(small, 0.5 * y * y * series, torch.expm1(x) - x)
 
-# %% ../nbs/01_steps.ipynb #ecd8b5c5
+# %% ../nbs/01_steps.ipynb #ada4b9a8
 def step_kl(
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
@@ -117,7 +117,8 @@ def _compare(policy_logits, ref_logits):
     excluded = (policy_logits == -torch.inf) | (ref_logits == -torch.inf)
     log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
     d = (policy_logits - ref_logits) - (log_zp - log_zq)  # logits first: the difference of close floats is exact
-    return bad, policy_logits - log_zp, ref_logits - log_zq, d.masked_fill(excluded, 0.)
+    limit = torch.finfo(d.dtype).max / 4  # so that 0 * d is 0 for logits at the ends of the range
+    return bad, policy_logits - log_zp, ref_logits - log_zq, d.masked_fill(excluded, 0.).clamp(-limit, limit)
 
 # %% ../nbs/01_steps.ipynb #02e4bf88
 def topk_tail(
