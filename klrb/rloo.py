@@ -139,7 +139,7 @@ def _compute_loss(self, model, inputs):
 
 RBRLOOTrainer._compute_loss = _compute_loss
 
-# %% ../nbs/15_rloo.ipynb #b4010caa
+# %% ../nbs/15_rloo.ipynb #028461b0
 def rloo_config(
     profile: Profile, # learning rate, batch, lengths
     out_dir: str | Path, # for the trainer's own files
@@ -156,7 +156,8 @@ def rloo_config(
         per_device_train_batch_size=profile.batch_size, num_generations=profile.num_generations,
         num_iterations=profile.num_iterations, epsilon=profile.epsilon, temperature=profile.temperature, top_k=0, top_p=1.0,
         max_completion_length=profile.max_completion_length, logging_steps=1, save_strategy="no", report_to=[],
-        disable_tqdm=True, bf16=torch.cuda.is_available(), gradient_checkpointing=False,
+        disable_tqdm=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+        gradient_checkpointing=False,
     )
 
 # %% ../nbs/15_rloo.ipynb #a9d5bee3
