@@ -82,8 +82,13 @@ def execute(
         raise RuntimeError(f"`{run.notebook.name}` ended without writing result.json.")
     return time.perf_counter() - began
 
-# %% ../nbs/20_study.ipynb #33e924c8
+# %% ../nbs/20_study.ipynb #af927de9
 _MALLOC = dict(MALLOC_TOP_PAD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30))
+
+def _worker(run: Run) -> float:
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    with (run.out_dir/"log.txt").open("wb") as log: os.dup2(log.fileno(), 2)  # the kernel inherits it
+    return execute(run)
 
 def execute_all(
     runs: list[Run], # independent of one another; the longest first
@@ -101,7 +106,7 @@ def execute_all(
     seconds, failed = {}, {}
     try:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            running = {pool.submit(execute, run): run for run in todo}
+            running = {pool.submit(_worker, run): run for run in todo}
             for done in tqdm(as_completed(running), total=len(todo), desc=f"{jobs} at a time", disable=None):
                 run = running[done]
                 if error := done.exception(): failed[run.out_dir.name] = str(error).strip().splitlines()[-1]
