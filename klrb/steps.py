@@ -131,7 +131,7 @@ def topk_tail(
                          f"`completion_ids`, {tuple(completion_ids.shape)}.")
     return (topk_ids != completion_ids[..., None]).all(-1)
 
-# %% ../nbs/01_steps.ipynb #dc7fe0c8
+# %% ../nbs/01_steps.ipynb #3341dae2
 def step_kl_from_topk(
     topk_ids:Tensor, # ids of the policy's k most likely tokens, (B, T, k)
     policy_topk_logprobs:Tensor, # their log-probabilities under the policy, (B, T, k)
@@ -148,7 +148,8 @@ def step_kl_from_topk(
     if topk_ids.shape != policy_topk_logprobs.shape:
         raise ValueError(f"`topk_ids` has shape {tuple(topk_ids.shape)}; it must be that of `policy_topk_logprobs`, "
                          f"{tuple(policy_topk_logprobs.shape)}.")
-    tail = torch.where(topk_tail(topk_ids, completion_ids), k1(policy_logprobs.detach(), ref_logprobs), 0.)
+    counts = topk_tail(topk_ids, completion_ids) & (policy_logprobs > -torch.inf)  # an excluded token has no mass
+    tail = torch.where(counts, k1(policy_logprobs.detach(), ref_logprobs), 0.)
     logp, logq = _upcast(policy_topk_logprobs, ref_topk_logprobs)
     no_mass = logp == -torch.inf  # 0 log 0 = 0
     infinite = (~no_mass & (logq == -torch.inf)).any(-1)

@@ -12,7 +12,7 @@ from klrb.steps import (DIVERGENCES, FDivergence, check_batch, k1, k2, k3, step_
 
 INF = math.inf
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def logits(*shape, seed=0, scale=2.0, dtype=torch.float64):
@@ -182,7 +182,8 @@ def test_shape_and_permutation(seed, B, T, V):
     a, b = logits(B, T, V, seed=seed)
     value = step_kl(a, b)
     assert value.shape == (B, T)
-    rows, tokens = torch.randperm(B), torch.randperm(V)
+    gen = torch.Generator().manual_seed(seed)
+    rows, tokens = torch.randperm(B, generator=gen), torch.randperm(V, generator=gen)
     assert_close(step_kl(a[rows], b[rows]), value[rows])
     assert_close(step_kl(a[..., tokens], b[..., tokens]), value)
 
