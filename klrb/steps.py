@@ -69,8 +69,8 @@ def _expm1_minus(x):
     "exp(x) - 1 - x without cancellation: never negative, and accurate to rounding for every x."
     small = x.abs() < 0.0625
     y = x.masked_fill(~small, 0.)
-    series = torch.ones_like(y)  # x^2/2 (1 + x/3 (1 + x/4 (1 + ...))): nine terms reach float64 rounding
-    for k in range(11, 2, -1): series = 1 + y / k * series
+    series = torch.ones_like(y)  # x^2/2 (1 + x/3 (1 + x/4 (1 + ...))), as many terms as the rounding can see
+    for k in range(11 if x.dtype == torch.float64 else 6, 2, -1): series = 1 + y / k * series
     x = x.masked_fill(small, 1.)  # keeps the unused branch, and its gradient, finite
     return torch.where(small, 0.5 * y * y * series, torch.expm1(x) - x)
 
@@ -88,26 +88,54 @@ def step_kl(
     check_float(policy_logits=policy_logits, ref_logits=ref_logits)
     if policy_logits.ndim == 0 or policy_logits.shape[-1] == 0:
         raise ValueError(f"`policy_logits` has shape {tuple(policy_logits.shape)}; it must be (B, T, V) with V of at least 1.")
-    return _StepKL.apply(*_upcast(policy_logits, ref_logits))
+    return _StepKL.apply(policy_logits, ref_logits)
 
+# %% ../nbs/01_steps.ipynb #37bbe036
 class _StepKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy_logits, ref_logits):
-        bad, logp, logq, d = _compare(policy_logits, ref_logits)
-        p, q = logp.exp(), logq.exp()
-        terms = torch.where(d < -1, q - p + p * d, p * _expm1_minus(-d.clamp(min=-1)))  # eq. 5
-        value = torch.where(logp == -torch.inf, q, terms).sum(-1)  # eq. 6
+        value = torch.cat([_row_kl(*rows) for rows in _row_chunks(policy_logits, ref_logits)]).view(policy_logits.shape[:-1])
         ctx.save_for_backward(policy_logits, ref_logits, value)
-        infinite = ((p > 0) & (logq == -torch.inf)).any(-1)
-        return value.masked_fill(infinite, torch.inf).masked_fill(bad, torch.nan)
+        return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         policy_logits, ref_logits, value = ctx.saved_tensors
-        bad, logp, logq, d = _compare(policy_logits, ref_logits)
-        p, q, grad = logp.exp(), logq.exp(), grad.masked_fill(bad, 0.)[..., None]
-        return grad * p * (d - value[..., None]), grad * (q - p)  # eqs. 7 and 8
+        grad_p, grad_q = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in (policy_logits, ref_logits))
+        size = _chunk_rows(policy_logits)
+        outputs = zip(*(o.view(-1, o.shape[-1]).split(size) for o in (grad_p, grad_q)))
+        steps = zip(*(o.reshape(-1, 1).split(size) for o in (grad, value)))
+        for (out_p, out_q), (g, v), rows in zip(outputs, steps, _row_chunks(policy_logits, ref_logits)):
+            bad, logp, logq, d = _compare(*rows)
+            p, q = logp.exp(), logq.exp()
+            g = g.masked_fill(bad[:, None], 0.)
+            out_p.copy_(g * p * (d - v.masked_fill(~v.isfinite(), 0.)))  # eq. 7
+            out_q.copy_(g * (q - p))  # eq. 8
+        return grad_p, grad_q
+
+def _chunk_rows(logits: Tensor) -> int: return max(1, 2**18 // logits.shape[-1])  # 1 MB of float32: a core's cache
+
+def _row_chunks(policy_logits, ref_logits):
+    "Chunks of rows, (rows, V), in the common dtype, at least float32."
+    for rows in zip(*(o.reshape(-1, o.shape[-1]).split(_chunk_rows(o)) for o in (policy_logits, ref_logits))): yield _upcast(*rows)
+
+# %% ../nbs/01_steps.ipynb #f2be9c82
+def _row_kl(policy_logits, ref_logits):
+    log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
+    d = (policy_logits - ref_logits) - (log_zp - log_zq)  # log p - log q
+    low, high = d.aminmax()
+    if policy_logits.dtype != torch.float32 or not (low > -30 and high < torch.inf): return _careful_row_kl(policy_logits, ref_logits)
+    x = -d.double()  # expm1(x) - x cancels for small x; float64 leaves enough digits for a float32 result
+    return ((policy_logits - log_zp).exp() * (torch.expm1(x) - x).float()).sum(-1)  # eq. 5
+
+def _careful_row_kl(policy_logits, ref_logits):
+    bad, logp, logq, d = _compare(policy_logits, ref_logits)
+    p, q = logp.exp(), logq.exp()
+    terms = torch.where(d < -1, q - p + p * d, p * _expm1_minus(-d.clamp(min=-1)))  # eq. 5
+    value = torch.where(logp == -torch.inf, q, terms).sum(-1)  # eq. 6
+    infinite = ((p > 0) & (logq == -torch.inf)).any(-1)
+    return value.masked_fill(infinite, torch.inf).masked_fill(bad, torch.nan)
 
 def _compare(policy_logits, ref_logits):
     "Steps that cannot be compared, log p, log q, and d = log p - log q (0 where either excludes the token)."

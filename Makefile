@@ -1,0 +1,98 @@
+# `make test` and `make study` do all their own set-up, in .venv; no environment needs to be active.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help test study export readme clean venv
+
+PYTHON ?= python3# only to create .venv
+PROFILE ?= pocket
+VENV := .venv
+PY := $(VENV)/bin/python
+
+# The pocket and smoke profiles need no download. For one that does: make study PROFILE=... HF_HUB_OFFLINE=0
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export TRANSFORMERS_VERBOSITY ?= error
+unexport PYTHONPATH PYTHONHOME
+
+# Lines of the recipes that time a stage: $(call start,heading) ... $(finish)
+start = echo; echo "== $(1)"; began=$$SECONDS
+finish = echo "== done in $$((SECONDS - began)) s"
+
+help:
+	@cat <<'END'
+	make study    run the whole study; PROFILE=pocket by default, PROFILE=smoke takes seconds
+	make test     export and README in sync, notebooks at smoke size, pytest
+	make export   notebooks -> klrb/*.py, then clean the notebooks
+	make readme   nbs/index.ipynb -> README.md
+	make clean    remove caches, build files and smoke outputs (.venv and outputs/runs stay)
+	All but clean first build .venv against constraints.txt if it is missing or stale (PYTHON=python3.12 chooses
+	the interpreter).
+	END
+
+test: venv
+	@$(call start,1/4 export and clean in sync)
+	$(PY) tests/check_sync.py export --check
+	$(finish)
+	$(call start,2/4 README.md in sync with nbs/index.ipynb)
+	$(PY) tests/check_sync.py readme --check
+	$(finish)
+	$(call start,3/4 nbdev_test: every notebook at smoke size)
+	OMP_NUM_THREADS=1 $(PY) $(VENV)/bin/nbdev_test --n_workers 2 --timing
+	$(finish)
+	$(call start,4/4 pytest (its last line gives the time))
+	$(PY) -m pytest
+
+study: venv
+	@echo "running the study, profile $(PROFILE)"
+	$(VENV)/bin/klrb study --profile "$(PROFILE)"
+
+export: venv
+	@$(PY) tests/check_sync.py export
+
+readme: venv
+	@$(PY) tests/check_sync.py readme
+
+clean:
+	@echo "removing caches, build files and smoke outputs"
+	rm -rf build dist _proc *.egg-info .pytest_cache .hypothesis outputs/smoke
+	find . \( -path ./$(VENV) -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+
+# The stamp is written last and holds everything .venv depends on, so that a changed pin or interpreter, a moved
+# clone and an interrupted build all rebuild it. A .venv without our mark is somebody's own: if its Python is the
+# right one it is installed into, not removed.
+venv:
+	@"$(PYTHON)" - <<'END' || { echo "make: set PYTHON to Python 3.11 or newer, e.g. make test PYTHON=python3.12" >&2; exit 1; }
+	import sys
+	why = " is too old: trl and transformers, which the study needs, ask for 3.11 (klrb alone installs on 3.10)"
+	sys.version_info >= (3, 11) or sys.exit("Python " + sys.version.split()[0] + why)
+	END
+	version=$$("$(PYTHON)" -c 'import sys; print(sys.version_info[:3])')
+	stamp="$$version $$(pwd) $$(cat pyproject.toml constraints.txt | cksum)"
+	venv_version=$$($(PY) -c 'import sys; print(sys.version_info[:3])' 2>/dev/null || true)
+	if [ "$$venv_version" = "$$version" ] && [ "$$(cat $(VENV)/.stamp 2>/dev/null)" = "$$stamp" ]; then exit 0; fi
+	began=$$SECONDS
+	if [ -e $(VENV)/.made-by-make ] || [ "$$venv_version" != "$$version" ]; then
+	    if [ -e $(VENV) ]; then echo "$(VENV) is stale or half-built: removing it"; fi
+	    echo "building $(VENV) against constraints.txt (about 2 minutes) ..."
+	    rm -rf $(VENV)
+	    mkdir $(VENV)
+	    touch $(VENV)/.made-by-make
+	    "$(PYTHON)" -m venv $(VENV)
+	else
+	    echo "installing into the $(VENV) found here, against constraints.txt (up to 2 minutes) ..."
+	    rm -f $(VENV)/.stamp
+	fi
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	$(PY) -m pip install --progress-bar off -c constraints.txt -e ".[study,dev]" 2> $(VENV)/pip.log | while read -r line; do
+	    case "$$line" in
+	        Collecting*|Processing*) found=$$(( $${found:-0} + 1 )); if (( found % 25 == 0 )); then echo "  $$found packages found ..."; fi ;;
+	        "Installing collected"*) echo "  installing $${found:-0} packages ..." ;;
+	        *rror*|*onflict*) echo "  $$line" ;;
+	    esac
+	done || { tail -n 30 $(VENV)/pip.log >&2; echo "make: pip could not install constraints.txt; its messages are above and in $(VENV)/pip.log" >&2; exit 1; }
+	$(PY) -m pip check
+	echo "$$stamp" > $(VENV)/.stamp
+	echo "$(VENV) is ready ($$((SECONDS - began)) s)"
