@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'GradientMethod', 'kl_baseline', 'kl_surrogate']
 
-# %% ../nbs/03_gradients.ipynb #04b70e8f
+# %% ../nbs/03_gradients.ipynb #c2a38278
 import functools
 import warnings
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .steps import check_batch, check_float, k1, k2, k3
+from .steps import check_batch, k1, k2, k3
 
 # %% ../nbs/03_gradients.ipynb #95de1b3b
 @dataclass(frozen=True)

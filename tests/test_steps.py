@@ -75,6 +75,32 @@ def test_gradient_is_autograd_of_the_textbook_form(seed):
     assert torch.autograd.gradcheck(step_kl, (a, b))
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_more_rows_than_one_chunk(dtype, tolerance):
+    "Large batches are worked through in pieces: values and gradients must not know; one row has an excluded token."
+    a, b = logits(3, 250, 900, seed=5)
+    a[1, 7, 3] = -INF
+    weights = torch.randn(3, 250, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x, y = (o.to(dtype).requires_grad_() for o in (a, b))
+    value = step_kl(x, y)
+    p, q = a.softmax(-1), b.softmax(-1)
+    d = torch.where(p > 0, p.log() - q.log(), 0.0)
+    truth = (p * d).sum(-1)
+    assert_close(value.double(), truth, rtol=tolerance, atol=tolerance)
+    grads = torch.autograd.grad((weights.to(dtype) * value).sum(), (x, y))
+    assert_close(grads[0].double(), weights[..., None] * p * (d - truth[..., None]), rtol=1e-2, atol=tolerance)
+    assert_close(grads[1].double(), weights[..., None] * (q - p), rtol=1e-2, atol=tolerance)
+    transposed = step_kl(a.transpose(0, 1), b.transpose(0, 1))  # not contiguous
+    assert_close(transposed, truth.transpose(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (5,), (2, 5)])
+def test_any_leading_shape(shape):
+    x = torch.zeros(shape, requires_grad=True)
+    step_kl(x, torch.ones(shape)).sum().backward()
+    assert step_kl(x, x).shape == shape[:-1] and x.grad.shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("big", [60.0, 1e4, 3e38])
 def test_extreme_logits(dtype, big):
