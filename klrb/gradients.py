@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'GradientMethod', 'kl_baseline', 'kl_surrogate']
 
-# %% ../nbs/03_gradients.ipynb #04b70e8f
+# %% ../nbs/03_gradients.ipynb #c2a38278
 import functools
 import warnings
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .steps import check_batch, check_float, k1, k2, k3
+from .steps import check_batch, k1, k2, k3
 
 # %% ../nbs/03_gradients.ipynb #95de1b3b
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def kl_baseline(
              for o in (policy_logprobs, ref_logprobs, step_kl, in_tail)]
     return _leave_one_out(_score_weights(method, *_terms(method, *clean)), mask, prompt_ids)
 
-# %% ../nbs/03_gradients.ipynb #777b8e3e
+# %% ../nbs/03_gradients.ipynb #a2f76f6e
 def _ratios(method, policy_logprobs, old_logprobs, max_ratio):
     "Ratio of the tokens before each step, and up to and including it, detached, (B, T) each."
     if old_logprobs is None: return torch.ones_like(policy_logprobs), torch.ones_like(policy_logprobs)
@@ -136,6 +136,14 @@ def _ratios(method, policy_logprobs, old_logprobs, max_ratio):
     before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], 1)
     if method in _WHOLE_SEQUENCE: before = after = after[:, -1:].expand_as(after)
     return before, after
+
+def _cut_stale(mask, policy_logprobs, old_logprobs, in_tail):
+    "End a rollout at a token that the policy now excludes: the ratio of that token, and of all later prefixes, is 0."
+    _check_finite(mask, old_logprobs=old_logprobs)
+    stale = mask & (policy_logprobs == -torch.inf)
+    mask = mask & (stale.cumsum(-1) - stale.long() == 0)
+    in_tail = None if in_tail is None else in_tail.masked_fill(stale, 0)
+    return mask, policy_logprobs.masked_fill(stale, 0.), old_logprobs.masked_fill(stale, torch.inf), in_tail  # log-ratio -inf
 
 def _check_options(method, old_logprobs, baseline, max_ratio, shape):
     info = GRADIENTS[method]
@@ -150,7 +158,7 @@ def _check_options(method, old_logprobs, baseline, max_ratio, shape):
     if isinstance(baseline, Tensor) and not info.has_score:
         raise ValueError(f"`baseline` is a tensor, but {method!r} has no score term that it could apply to.")
 
-# %% ../nbs/03_gradients.ipynb #bc4054c3
+# %% ../nbs/03_gradients.ipynb #54865a98
 def kl_surrogate(
     method:str, # a key of `GRADIENTS`
     policy_logprobs:Tensor, # log-probability of each sampled token under the policy, with its graph, (B, T)
@@ -170,7 +178,9 @@ def kl_surrogate(
     """
     mask = _check(method, mask, step_kl, in_tail, policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs, old_logprobs=old_logprobs)
     _check_options(method, old_logprobs, baseline, max_ratio, mask.shape)
-    _check_finite(mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, step_kl=step_kl, policy_logprobs=policy_logprobs)
+    if old_logprobs is not None:
+        mask, policy_logprobs, old_logprobs, in_tail = _cut_stale(mask, policy_logprobs, old_logprobs, in_tail)
+    _check_finite(mask, ref_logprobs=ref_logprobs, step_kl=step_kl, policy_logprobs=policy_logprobs)
     dtype = torch.promote_types(policy_logprobs.dtype, torch.float32)
     lp, lq, kl, old, tail = (None if o is None else o.to(dtype).masked_fill(~mask, 0.)
                              for o in (policy_logprobs, ref_logprobs.detach(), step_kl, old_logprobs, in_tail))

@@ -54,7 +54,7 @@ def k2(
     "Half the squared log-ratio (eq. 3): never negative, and **biased** as an estimate of the step's KL."
     return 0.5 * k1(policy_logprobs, ref_logprobs)**2
 
-# %% ../nbs/01_steps.ipynb #da48a969
+# %% ../nbs/01_steps.ipynb #007ac5eb
 def k3(
     policy_logprobs:Tensor, # log-probability of each sampled token under the policy, (B, T)
     ref_logprobs:Tensor, # the same under the reference, (B, T)
@@ -74,7 +74,7 @@ def _expm1_minus(x):
     x = x.masked_fill(small, 1.)  # keeps the unused branch, and its gradient, finite
     return torch.where(small, 0.5 * y * y * series, torch.expm1(x) - x)
 
-# %% ../nbs/01_steps.ipynb #ada4b9a8
+# %% ../nbs/01_steps.ipynb #a499c4f8
 def step_kl(
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
@@ -88,9 +88,10 @@ def step_kl(
     check_float(policy_logits=policy_logits, ref_logits=ref_logits)
     if policy_logits.ndim == 0 or policy_logits.shape[-1] == 0:
         raise ValueError(f"`policy_logits` has shape {tuple(policy_logits.shape)}; it must be (B, T, V) with V of at least 1.")
+    if not policy_logits.numel(): return _upcast(policy_logits + ref_logits)[0].sum(-1)  # no step at all
     return _StepKL.apply(policy_logits, ref_logits)
 
-# %% ../nbs/01_steps.ipynb #37bbe036
+# %% ../nbs/01_steps.ipynb #2e74aca8
 class _StepKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy_logits, ref_logits):
@@ -120,14 +121,14 @@ def _row_chunks(policy_logits, ref_logits):
     "Chunks of rows, (rows, V), in the common dtype, at least float32."
     for rows in zip(*(o.reshape(-1, o.shape[-1]).split(_chunk_rows(o)) for o in (policy_logits, ref_logits))): yield _upcast(*rows)
 
-# %% ../nbs/01_steps.ipynb #f2be9c82
+# %% ../nbs/01_steps.ipynb #d6f42cf6
 def _row_kl(policy_logits, ref_logits):
     log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
     d = (policy_logits - ref_logits) - (log_zp - log_zq)  # log p - log q
     low, high = d.aminmax()
     if policy_logits.dtype != torch.float32 or not (low > -30 and high < torch.inf): return _careful_row_kl(policy_logits, ref_logits)
     x = -d.double()  # expm1(x) - x cancels for small x; float64 leaves enough digits for a float32 result
-    return ((policy_logits - log_zp).exp() * (torch.expm1(x) - x).float()).sum(-1)  # eq. 5
+    return ((policy_logits - log_zp).exp() * (torch.expm1(x) - x).float()).sum(-1).clamp(min=0.)  # eq. 5
 
 def _careful_row_kl(policy_logits, ref_logits):
     bad, logp, logq, d = _compare(policy_logits, ref_logits)
@@ -159,7 +160,7 @@ def topk_tail(
                          f"`completion_ids`, {tuple(completion_ids.shape)}.")
     return (topk_ids != completion_ids[..., None]).all(-1)
 
-# %% ../nbs/01_steps.ipynb #dc7fe0c8
+# %% ../nbs/01_steps.ipynb #3341dae2
 def step_kl_from_topk(
     topk_ids:Tensor, # ids of the policy's k most likely tokens, (B, T, k)
     policy_topk_logprobs:Tensor, # their log-probabilities under the policy, (B, T, k)
@@ -176,7 +177,8 @@ def step_kl_from_topk(
     if topk_ids.shape != policy_topk_logprobs.shape:
         raise ValueError(f"`topk_ids` has shape {tuple(topk_ids.shape)}; it must be that of `policy_topk_logprobs`, "
                          f"{tuple(policy_topk_logprobs.shape)}.")
-    tail = torch.where(topk_tail(topk_ids, completion_ids), k1(policy_logprobs.detach(), ref_logprobs), 0.)
+    counts = topk_tail(topk_ids, completion_ids) & (policy_logprobs > -torch.inf)  # an excluded token has no mass
+    tail = torch.where(counts, k1(policy_logprobs.detach(), ref_logprobs), 0.)
     logp, logq = _upcast(policy_topk_logprobs, ref_topk_logprobs)
     no_mass = logp == -torch.inf  # 0 log 0 = 0
     infinite = (~no_mass & (logq == -torch.inf)).any(-1)
