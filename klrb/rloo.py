@@ -124,7 +124,7 @@ def _generate_and_score_completions(self, inputs):
 
 RBRLOOTrainer._generate_and_score_completions = _generate_and_score_completions
 
-# %% ../nbs/15_rloo.ipynb #65683875
+# %% ../nbs/15_rloo.ipynb #5d2a29ef
 def _compute_loss(self, model, inputs):
     loss = RLOOTrainer._compute_loss(self, model, inputs)
     policy_logits, self._logits = self._logits, None  # with their graph, from the forward pass of the line above
@@ -132,7 +132,7 @@ def _compute_loss(self, model, inputs):
     completion_ids, ref_logits = inputs["completion_ids"], inputs["ref_logits"]
     penalty = kl_surrogate(
         self.kl_estimator, token_logprobs(policy_logits, completion_ids), token_logprobs(ref_logits, completion_ids),
-        inputs["completion_mask"], step_kl=step_kl(policy_logits, ref_logits),
+        inputs["completion_mask"], step_kl=step_kl(policy_logits, ref_logits) if GRADIENTS[self.kl_estimator].needs_step_kl else None,
         old_logprobs=inputs["old_per_token_logps"] if self.off_policy else None, baseline=inputs["kl_baseline"])
     return loss + self.kl_beta * penalty
 

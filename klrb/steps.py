@@ -103,17 +103,17 @@ class _StepKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         policy_logits, ref_logits, value = ctx.saved_tensors
-        grad_p, grad_q = (torch.empty(o.shape, dtype=o.dtype, device=o.device) for o in (policy_logits, ref_logits))
+        grads = [torch.empty(o.shape, dtype=o.dtype, device=o.device) if needed else None
+                 for o, needed in zip((policy_logits, ref_logits), ctx.needs_input_grad)]
         size = _chunk_rows(policy_logits)
-        outputs = zip(*(o.view(-1, o.shape[-1]).split(size) for o in (grad_p, grad_q)))
+        grad_p, grad_q = (() if o is None else o.view(-1, o.shape[-1]).split(size) for o in grads)
         steps = zip(*(o.reshape(-1, 1).split(size) for o in (grad, value)))
-        for (out_p, out_q), (g, v), rows in zip(outputs, steps, _row_chunks(policy_logits, ref_logits)):
+        for i, ((g, v), rows) in enumerate(zip(steps, _row_chunks(policy_logits, ref_logits))):
             bad, logp, logq, d = _compare(*rows)
-            p, q = logp.exp(), logq.exp()
-            g = g.masked_fill(bad[:, None], 0.)
-            out_p.copy_(g * p * (d - v.masked_fill(~v.isfinite(), 0.)))  # eq. 7
-            out_q.copy_(g * (q - p))  # eq. 8
-        return grad_p, grad_q
+            g, p = g.masked_fill(bad[:, None], 0.), logp.exp()
+            if grad_p: grad_p[i].copy_(g * p * (d - v.masked_fill(~v.isfinite(), 0.)))  # eq. 7
+            if grad_q: grad_q[i].copy_(g * (logq.exp() - p))  # eq. 8
+        return tuple(grads)
 
 def _chunk_rows(logits: Tensor) -> int: return max(1, 2**18 // logits.shape[-1])  # 1 MB of float32: a core's cache
 
@@ -140,13 +140,17 @@ def _careful_row_kl(policy_logits, ref_logits):
 
 def _compare(policy_logits, ref_logits):
     "Steps that cannot be compared, log p, log q, and d = log p - log q (0 where either excludes the token)."
+    log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
+    d = (policy_logits - ref_logits) - (log_zp - log_zq)  # logits first: the difference of close floats is exact
+    limit = torch.finfo(d.dtype).max / 4  # so that 0 * d is 0 for logits at the ends of the range
+    if d.abs().amax(-1).lt(limit).all():  # every logit is finite: nothing to repair
+        return torch.zeros(d.shape[:-1], dtype=torch.bool, device=d.device), policy_logits - log_zp, ref_logits - log_zq, d
     tops = [o.max(-1).values for o in (policy_logits, ref_logits)]
     bad = ~(tops[0].isfinite() & tops[1].isfinite())  # NaN or +inf somewhere, or nothing but -inf
     policy_logits, ref_logits = (o.masked_fill(bad[..., None], 0.) for o in (policy_logits, ref_logits))
     excluded = (policy_logits == -torch.inf) | (ref_logits == -torch.inf)
     log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
-    d = (policy_logits - ref_logits) - (log_zp - log_zq)  # logits first: the difference of close floats is exact
-    limit = torch.finfo(d.dtype).max / 4  # so that 0 * d is 0 for logits at the ends of the range
+    d = (policy_logits - ref_logits) - (log_zp - log_zq)
     return bad, policy_logits - log_zp, ref_logits - log_zq, d.masked_fill(excluded, 0.).clamp(-limit, limit)
 
 # %% ../nbs/01_steps.ipynb #02e4bf88
