@@ -23,7 +23,7 @@ class Profile:
     max_completion_length: int = 53  # the paper's released code (`response_length`)
     temperature: float = 1.0  # paper, F.2
     dpo_prompts: int = 1250  # ours: four completions each give up to six pairs, enough for 5,000 after ties
-    dpo_completions: int = 4  # Rafailov et al. 2023, appendix C.2
+    dpo_completions: int = 4  # Rafailov et al. 2023, appendix C.1
     dpo_pairs: int = 5000  # paper, F.2
     dpo_beta: float = 0.1  # Rafailov et al. 2023, appendix B
     dpo_learning_rate: float = 1e-6  # Rafailov et al. 2023, appendix B

@@ -109,8 +109,9 @@ def _generate_and_score_completions(self, inputs):
     mask, completion_ids = output["completion_mask"], output["completion_ids"]
     with torch.no_grad():
         policy_logits, self._logits = self._logits, None
-        ref_logits = completion_logits(self.ref_model, output["prompt_ids"], output["prompt_mask"], completion_ids, mask,
-                                       self.temperature)  # (B, T, V)
+        with self.accelerator.autocast():  # as for the policy: equal weights must give equal logits
+            ref_logits = completion_logits(self.ref_model, output["prompt_ids"], output["prompt_mask"], completion_ids, mask,
+                                           self.temperature)  # (B, T, V)
         logprobs, ref_logprobs = (token_logprobs(o, completion_ids) for o in (policy_logits, ref_logits))  # (B, T)
         per_step = step_kl(policy_logits, ref_logits)  # (B, T)
         prompt_index = torch.arange(len(mask), device=mask.device) // group
@@ -163,7 +164,7 @@ def rloo_config(
 _LOGGED = {"reward": ("reward", "log-odds"), "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
            "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"), "entropy": ("entropy", "nats/token"),
            "clip_ratio/region_mean": ("clip_ratio", "share"), "grad_norm": ("grad_norm", "1"),
-           "completions/mean_length": ("completion_length", "tokens"), "loss": ("loss", "1"), "step_time": ("seconds", "s")}
+           "completions/mean_length": ("completion_length", "tokens"), "loss": ("loss", "1")}
 
 class MetricsCSV(TrainerCallback):
     """Appends every logged update to a CSV file with the columns of `tags` and step, metric, value, unit."""
@@ -177,7 +178,7 @@ class MetricsCSV(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "kl_sequence_rb" not in logs: return
         now = time.perf_counter()
-        rows = [(name, logs[key], unit) for key, (name, unit) in _LOGGED.items() if key in logs and key != "step_time"]
+        rows = [(name, logs[key], unit) for key, (name, unit) in _LOGGED.items() if key in logs]
         rows += [("objective", logs["reward"] - self.beta * logs["kl_sequence_rb"], "log-odds"), ("seconds", now - self.last, "s")]
         self.last = now
         with self.path.open("a", newline="") as file:
