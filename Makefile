@@ -86,7 +86,7 @@ venv:
 	    rm -f $(VENV)/.stamp
 	fi
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
-	$(PY) -m pip install --progress-bar off -c constraints.txt -e ".[study,dev]" 2> $(VENV)/pip.log | while read -r line; do
+	$(PY) -m pip install --progress-bar off -c constraints.txt -e ".[study,measure,gguf,dev]" 2> $(VENV)/pip.log | while read -r line; do
 	    case "$$line" in
 	        Collecting*|Processing*) found=$$(( $${found:-0} + 1 )); if (( found % 25 == 0 )); then echo "  $$found packages found ..."; fi ;;
 	        "Installing collected"*) echo "  installing $${found:-0} packages ..." ;;
