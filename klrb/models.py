@@ -197,7 +197,7 @@ def causal_lm(model: PreTrainedModel) -> PreTrainedModel: # the language model i
     "The causal language model inside a PEFT model, or the model."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../nbs/12_models.ipynb #d0d1243d
+# %% ../nbs/12_models.ipynb #51fe38b6
 @torch.no_grad()
 def check_lm_head(
     model: PreTrainedModel, # policy or reference
@@ -205,12 +205,12 @@ def check_lm_head(
     "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
     base, head, seen = causal_lm(model), lm_head(model), []
     handle = base.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
-    try: logits = base(input_ids=torch.zeros(1, 1, dtype=torch.long, device=head.weight.device), use_cache=False).logits  # (1, 1, V)
+    try: logits = base(input_ids=torch.arange(4, device=head.weight.device)[None], use_cache=False).logits  # (1, 4, V)
     finally: handle.remove()
     if (hidden := getattr(seen[0], "last_hidden_state", None)) is not None and hidden.shape[-1] == head.weight.shape[1]:
         ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
         if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
-        if (ours - logits).abs().max() <= 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
+        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
     raise ValueError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
                      "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
 
