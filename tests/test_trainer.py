@@ -1,13 +1,13 @@
 """The RLOO trainer without logits: what it computes, under every way of training."""
-import math
 import os
-import subprocess
-import sys
+import socket
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.multiprocessing import spawn
 from torch.testing import assert_close
+from transformers import TrainerCallback
 
 import klrb.rloo
 from klrb.models import load_model, load_tokenizer
@@ -167,3 +167,64 @@ def test_fresh_adapters_have_no_kl_and_a_head_trained_in_full_gets_its_gradient(
 
 def test_without_adapters_a_reference_is_needed(tmp_path):
     with pytest.raises(ValueError, match="`ref_model` is None, but `model` has no adapters"): make(tmp_path, reference=None)
+
+
+# Two processes
+
+class Gradients(TrainerCallback):
+    "Keeps the gradient of every update, after accumulation and synchronisation."
+    def __init__(self): self.kept = []
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.kept.append({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def fixed_completions(self, prompt_ids, images, fields):
+    "In place of sampling, which differs between processes: tokens, and a length, that depend on the prompt and the completion's number."
+    draw = lambda ids, i: torch.randint(2, 4096, (2 + (sum(ids) + i) % 5,), generator=torch.Generator().manual_seed(sum(ids) + i))
+    return [draw(ids, i % 2).tolist() for i, ids in enumerate(prompt_ids)]
+
+
+POLICIES = {"all weights, rb": dict(kl_estimator="rb"), "all weights, mc": dict(kl_estimator="mc"),
+            "adapters and a head of its own": dict(reference=None, adapters=True)}
+
+
+def train_fixed(folder, name, processes):
+    "Two updates of 8 rollouts. Losses, both KLs, gradients and weights."
+    settings, keep = dict(POLICIES[name]), Gradients()
+    if settings.pop("adapters", False): settings["peft_config"] = lora(modules_to_save=["lm_head"])
+    t = make(folder, max_steps=2, optim="sgd", learning_rate=1e-3, logging_steps=1, max_grad_norm=1e9,
+             per_device_train_batch_size=8 // processes**2, gradient_accumulation_steps=processes, **settings)
+    t._generate_single_turn = fixed_completions.__get__(t)
+    t.add_callback(keep)
+    t.train()
+    assert (type(t.model_wrapped).__name__ == "DistributedDataParallel") == (processes > 1)
+    logs = [{key: log[key] for key in ("loss", "reward", "kl_sequence_rb", "kl_sequence_mc", "grad_norm")}
+            for log in t.state.log_history if "loss" in log]
+    return logs, keep.kept, {name: p.detach() for name, p in t.model.named_parameters()}
+
+
+def one_of_two(rank, folder, port):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      ACCELERATE_USE_CPU="true")
+    torch.set_num_threads(1)
+    results = {name: train_fixed(folder, name, 2) for name in POLICIES}
+    torch.save(results, folder/f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_kl_loss_and_gradient_of_one(tmp_path):
+    """gloo, on the CPU, with gradient accumulation: each process sees two of four prompts, two rollouts at a time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(one_of_two, (tmp_path, port), nprocs=2)
+    first, second = (torch.load(tmp_path/f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    for name in POLICIES:
+        logs, gradients, weights = train_fixed(tmp_path, name, 1)
+        for both in (first[name], second[name]):
+            for ours, theirs in zip(both[0], logs, strict=True): assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+            for ours, theirs in zip(both[1], gradients, strict=True):
+                size = max(g.abs().max() for g in theirs.values()).item()
+                assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * size)
+            assert_close(both[2], weights, rtol=1e-5, atol=1e-6)
+        assert logs[1]["kl_sequence_rb"] > 1e-3 and len(gradients) == 2
