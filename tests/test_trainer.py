@@ -78,7 +78,7 @@ def test_no_logits_are_built_outside_generation(tmp_path, kl_estimator, beta):
 def test_the_reference_reads_a_generation_batch_once_and_the_loss_of_mc_has_no_step_kl(tmp_path, monkeypatch, kl_estimator, exact):
     calls, read = [], []
     def spy(policy_hidden, policy_head, ref_hidden, *args, **kwargs):
-        calls.append((torch.is_grad_enabled(), ref_hidden is not None, policy_hidden.shape[:2]))
+        calls.append((torch.is_grad_enabled(), policy_hidden.shape[:2]))
         return kernel(policy_hidden, policy_head, ref_hidden, *args, **kwargs)
     kernel = klrb.rloo.linear_step_kl
     monkeypatch.setattr("klrb.rloo.linear_step_kl", spy)
@@ -87,7 +87,7 @@ def test_the_reference_reads_a_generation_batch_once_and_the_loss_of_mc_has_no_s
     t.ref_model.transformer.register_forward_hook(lambda *args: read.append(1))
     t.train()
     assert len(read) == 2  # one generation batch, in two halves; four updates
-    assert calls == [(False, True, (4, 6))] * 2 + [(True, exact, (4, 6))] * 8  # only the completion's 6 positions
+    assert calls == [(False, (4, 6))] * 2 + [(True, (4, 6))] * 8 * exact  # at the completion's 6 positions only
 
 
 # Ways of training
@@ -221,10 +221,10 @@ def test_two_processes_give_the_kl_loss_and_gradient_of_one(tmp_path):
     first, second = (torch.load(tmp_path/f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for name in POLICIES:
         logs, gradients, weights = train_fixed(tmp_path, name, 1)
-        for both in (first[name], second[name]):
-            for ours, theirs in zip(both[0], logs, strict=True): assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
-            for ours, theirs in zip(both[1], gradients, strict=True):
-                size = max(g.abs().max() for g in theirs.values()).item()
-                assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * size)
-            assert_close(both[2], weights, rtol=1e-5, atol=1e-6)
+        for their_logs, their_gradients, their_weights in (first[name], second[name]):
+            for ours, theirs in zip(logs, their_logs, strict=True): assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+            for ours, theirs in zip(gradients, their_gradients, strict=True):
+                norm = lambda grads: torch.stack([g.norm() for g in grads.values()]).norm()
+                assert norm({key: g - theirs.pop(key) for key, g in ours.items()}) < 1e-4 * norm(ours) and not theirs
+            assert_close(their_weights, weights, rtol=1e-4, atol=1e-6)
         assert logs[1]["kl_sequence_rb"] > 1e-3 and len(gradients) == 2
