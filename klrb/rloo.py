@@ -273,10 +273,10 @@ class MetricsCSV(TrainerCallback):
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows([*self.tags.values(), state.global_step, name, f"{value:.6g}", unit] for name, value, unit in rows)
 
-# %% ../nbs/15_rloo.ipynb #3a8175f4
+# %% ../nbs/15_rloo.ipynb #1a11adda
 def _run_hash(config, policy, reference, prompts, tags) -> str:
     settings = {k: v for k, v in config.to_dict().items() if k != "output_dir" and not k.startswith("save_")}
-    digest = hashlib.sha256(json.dumps([settings, tags, prompts["prompt"]], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([settings, tags, list(prompts["prompt"])], sort_keys=True, default=str).encode())
     for model in (policy, reference):
         for name, tensor in model.state_dict().items() if model is not None else ():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -304,7 +304,7 @@ class _Checkpoints(TrainerCallback):
         if not state.is_world_process_zero: return
         new = Path(args.output_dir)/f"checkpoint-{state.global_step}"
         (new/"complete.part").write_text(json.dumps(dict(run=self.run)))
-        for file in new.iterdir():  # on the disk before the name says so
+        for file in filter(Path.is_file, new.rglob("*")):  # on the disk before the name says so
             with file.open("rb") as opened: os.fsync(opened.fileno())
         os.replace(new/"complete.part", new/"complete.json")
         _newest_checkpoint(args.output_dir, self.run)
