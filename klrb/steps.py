@@ -160,8 +160,8 @@ def ref_grad(a, b, log_zp, log_zq, shift, log_ratio, by_kl, by_logprob, out):
     excess = torch.where(d.abs() < 0.5, p * torch.expm1(-d), q - p)  # eq. 9
     out.copy_(torch.nan_to_num(by_kl * excess - by_logprob * q))
 
-# %% ../nbs/01_steps.ipynb #ee43bff9
-COMPILE_FROM = 2**24  # elements, ours: a call of 0.2 s in eager code on one core, so some 100 calls repay the compilation
+# %% ../nbs/01_steps.ipynb #d8e0fbca
+COMPILE_FROM = 2**22  # elements, ours: eager code takes some 0.1 s more on one core, so 100 calls or so repay the compilation
 
 class Compilable:
     "Calls `function`, through `torch.compile` when `large` and possible."
