@@ -100,7 +100,7 @@ def _add_tile(tops, sums, new_tops, new_sums):
     moved = rho_p * zp, rho_q * zq, rho_p * (m + a * zp), rho_q * s + (rho_q - rho_p) * m + e2 * zp, rho_p * (e + (top_p - new_p) * zp)
     return new_tops, [old + new for old, new in zip(moved, new_sums)]
 
-# %% ../nbs/04_fused.ipynb #19b025d4
+# %% ../nbs/04_fused.ipynb #9c0ae21f
 TILE_ROWS, TILE_SIZE = 1024, 2**20 # tokens, and elements, of a tile: ours, from the curve below
 
 def _tiles(rows, vocab_size):
@@ -109,10 +109,15 @@ def _tiles(rows, vocab_size):
     columns = cuts(vocab_size, max(1, TILE_SIZE // max(1, min(rows, TILE_ROWS))))
     return [(o, columns) for o in cuts(rows, TILE_ROWS)]
 
-def _logits(hidden, weight, bias, scales, columns, dtype):
+def _buffer(rows, tiles, like):
+    "Memory of the largest tile, to use for all: fresh memory would cost more than what is written to it."
+    return torch.empty((rows.stop - rows.start) * (tiles[0].stop - tiles[0].start), dtype=like.dtype, device=like.device)
+
+def _logits(buffer, hidden, weight, bias, scales, columns):
     "Logits of one tile, and the derivative of the logits by the head's product, a number or a tile."
     scale, softcap, temperature = scales
-    logits, slope = hidden.to(dtype) @ weight[columns].to(dtype).T, scale / temperature
+    weight, slope = weight[columns].to(buffer.dtype), scale / temperature
+    logits = torch.mm(hidden.to(buffer.dtype), weight.T, out=buffer[:len(hidden) * len(weight)].view(len(hidden), len(weight)))
     if bias is not None: logits += bias[columns]
     if scale != 1: logits *= scale
     if softcap is not None:
@@ -120,7 +125,7 @@ def _logits(hidden, weight, bias, scales, columns, dtype):
         logits, slope = softcap * bent, slope * (1 - bent * bent)
     return logits if temperature == 1 else logits.div_(temperature), slope
 
-# %% ../nbs/04_fused.ipynb #7ae7108e
+# %% ../nbs/04_fused.ipynb #a8103267
 class _LinearStepKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, ids, vocab_size, scales):
@@ -133,8 +138,9 @@ class _LinearStepKL(torch.autograd.Function):
                 y = ids[rows, None]
                 tops = [torch.full(y.shape, torch.finfo(dtype).min / 4, dtype=torch.float64, device=ids.device)] * 2
                 sums, picked = [torch.zeros_like(tops[0])] * 5, torch.zeros(2, *y.shape, dtype=dtype, device=ids.device)
+                buffers = [_buffer(rows, tiles, picked) for _ in models]
                 for columns in tiles:
-                    a, b = (_logits(h[rows], w, c, o, columns, dtype)[0] for (h, w, c), o in zip(models, scales))
+                    a, b = (_logits(m, h[rows], w, c, o, columns)[0] for m, (h, w, c), o in zip(buffers, models, scales))
                     new = [o.double() for o in compilable_sums(a, b, *(o.to(dtype) for o in tops), True, large=large)]
                     tops, sums = _add_tile(tops, sums, new[:2], new[2:])
                     here, local = _inside(y, columns)
@@ -158,9 +164,11 @@ class _LinearStepKL(torch.autograd.Function):
         with torch.autocast(ids.device.type, enabled=False):
             for rows, tiles in _tiles(len(ids), ctx.vocab_size):
                 row_weights = [o[rows] for o in weights]
+                *buffers, spare = (_buffer(rows, tiles, weights[0]) for _ in range(3))
                 for columns in tiles:
-                    (a, a_slope), (b, b_slope) = (_logits(h[rows], w, c, o, columns, ctx.dtype) for (h, w, c), o in zip((inputs[:3], inputs[3:]), ctx.scales))
-                    grad, (here, local) = torch.empty_like(a), _inside(ids[rows, None], columns)
+                    (a, a_slope), (b, b_slope) = (_logits(m, h[rows], w, c, o, columns) for m, (h, w, c), o in
+                                                  zip(buffers, (inputs[:3], inputs[3:]), ctx.scales))
+                    grad, (here, local) = spare[:a.numel()].view_as(a), _inside(ids[rows, None], columns)
                     top, shift, by_delta, by_logit, by_one, log_zp, log_zq, ratio, g_kl, g_p, g_q = row_weights
                     if any(wanted[:3]):
                         compilable_policy_grad(a, b, top, shift, by_delta, by_logit, by_one, grad, large=large)
