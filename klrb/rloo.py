@@ -309,7 +309,7 @@ class _Checkpoints(TrainerCallback):
         os.replace(new/"complete.part", new/"complete.json")
         _newest_checkpoint(args.output_dir, self.run)
 
-# %% ../nbs/15_rloo.ipynb #4f22245c
+# %% ../nbs/15_rloo.ipynb #9b5a676c
 @torch.no_grad()
 def evaluate_policy(
     policy: PreTrainedModel, # to judge
@@ -325,7 +325,7 @@ def evaluate_policy(
     policy.eval()
     per_batch = max(1, batch_size // profile.eval_completions)
     frames = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):  # few batches do not repay a compilation
         torch.manual_seed(seed)
         for start in range(0, len(prompts), per_batch):
             part = prompts[start:start + per_batch]
