@@ -160,7 +160,7 @@ def ref_grad(a, b, log_zp, log_zq, shift, log_ratio, by_kl, by_logprob, out):
     excess = torch.where(d.abs() < 0.5, p * torch.expm1(-d), q - p)  # eq. 9
     out.copy_(torch.nan_to_num(by_kl * excess - by_logprob * q))
 
-# %% ../nbs/01_steps.ipynb #d8e0fbca
+# %% ../nbs/01_steps.ipynb #f953b63e
 COMPILE_FROM = 2**22  # elements, ours: eager code takes some 0.1 s more on one core, so 100 calls or so repay the compilation
 
 class Compilable:
@@ -187,9 +187,9 @@ def no_second_derivative(name:str)->None:
         raise RuntimeError(f"`{name}` has no second derivative; call `backward` or `torch.autograd.grad` without `create_graph`.")
 
 def chunk_rows(rows:int, vocab_size:int, large:bool, device:torch.device)->int:
-    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code (curves below)."
+    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code (curves in experiments/speed)."
     if torch.compiler.is_compiling(): return rows  # one loop, no temporaries
-    return max(1, (2**22 if large or device.type != "cpu" else 2**17) // vocab_size)
+    return max(1, (2**23 if large and Compilable.works or device.type != "cpu" else 2**17) // vocab_size)
 
 # %% ../nbs/01_steps.ipynb #f930239a
 class _StepKL(torch.autograd.Function):
