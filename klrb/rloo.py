@@ -219,7 +219,7 @@ class _ResumeOrder(TrainerCallback):
 
 RBRLOOTrainer._get_train_sampler = _get_train_sampler
 
-# %% ../nbs/15_rloo.ipynb #9a6e8bab
+# %% ../nbs/15_rloo.ipynb #ce5ee6c6
 def rloo_config(
     profile: Profile, # learning rate, batch, lengths
     out_dir: str | Path, # for the trainer's own files
@@ -237,12 +237,13 @@ def rloo_config(
         per_device_train_batch_size=profile.batch_size, num_generations=profile.num_generations,
         num_iterations=profile.num_iterations, epsilon=profile.epsilon, temperature=profile.temperature, top_k=0, top_p=1.0,
         max_completion_length=profile.max_completion_length, logging_steps=1, logging_nan_inf_filter=False, report_to=[],
-        save_strategy="steps" if save_every else "no", save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
+        save_strategy="steps" if save_every else "no",
+        save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
         disable_tqdm=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
     )
 
-# %% ../nbs/15_rloo.ipynb #6686bfe2
+# %% ../nbs/15_rloo.ipynb #7842373c
 _LOGGED = {"reward": ("reward", "log-odds"), "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
            "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"), "entropy": ("entropy", "nats/token"),
            "clip_ratio/region_mean": ("clip_ratio", "share"), "grad_norm": ("grad_norm", "1"),
@@ -261,7 +262,8 @@ class MetricsCSV(TrainerCallback):
         if state.global_step:  # resumed: keep what the checkpoint knows of
             with self.path.open(newline="") as file: rows = [row for row in csv.reader(file) if len(row) == len(header)]
             kept = [row for row in rows if row[-4].isdigit() and int(row[-4]) <= state.global_step]
-        with (part := self.path.with_name(self.path.name + ".part")).open("w", newline="") as file: csv.writer(file).writerows([header, *kept])
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", newline="") as file: csv.writer(file).writerows([header, *kept])
         os.replace(part, self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
