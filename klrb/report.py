@@ -113,7 +113,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value): return None if math.isnan(value) else str(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
-# %% ../nbs/22_report.ipynb #7bcf73f8
+# %% ../nbs/22_report.ipynb #ed95f58b
 FLUSH_SECONDS = 2.  # ours: how much of a run may be lost when it is killed
 
 @dataclass
@@ -121,6 +121,7 @@ class Saver:
     "Writes a measurement's files, readable at every moment."
     out: Path # folder, new or empty
     about: dict # settings, models, versions
+    name: str = "rollouts" # of the Parquet file
     parts: int = 0 # Parquet files written so far
     waiting: list[pd.DataFrame] = field(default_factory=list) # rows not yet written
     last: float = field(default_factory=monotonic)
@@ -130,7 +131,7 @@ class Saver:
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
             raise ValueError(f"`save` is {str(self.out)!r}, which is {'a file' if self.out.is_file() else 'not empty'}; give a new folder.")
         try:
-            (self.out/"rollouts").mkdir(parents=True)
+            (self.out/self.name).mkdir(parents=True)
             self.status("partial", {})
         except OSError as error: raise ValueError(f"`save` is {str(self.out)!r}, which cannot be written ({error.strerror}).") from None
 
@@ -149,18 +150,18 @@ class Saver:
     def flush(self) -> None:
         "Write the rows that are waiting as one more part."
         if not self.waiting: return
-        write_atomically(self.out/"rollouts"/f"part-{self.parts:05d}.parquet", pd.concat(self.waiting).to_parquet(index=False))
+        write_atomically(self.out/self.name/f"part-{self.parts:05d}.parquet", pd.concat(self.waiting).to_parquet(index=False))
         self.parts, self.waiting, self.last = self.parts + 1, [], monotonic()
 
     def finish(self, status: str, results: dict, tables: dict[str, pd.DataFrame], figures: dict, heatmap: str) -> None:
         "Write tables (CSV), figures (SVG, PNG, CSV) and the heat map; join the parts; then write the last status."
         self.flush()
-        if self.parts: write_atomically(self.out/"rollouts.parquet", pd.read_parquet(self.out/"rollouts").to_parquet(index=False))
+        if self.parts: write_atomically(self.out/f"{self.name}.parquet", pd.read_parquet(self.out/self.name).to_parquet(index=False))
         for name, table in tables.items(): write_atomically(self.out/f"{name}.csv", table.to_csv(index=False).encode())
         for name, (figure, data) in figures.items():
             save_figure(figure, self.out/"figures"/name, data)
             plt.close(figure)
         if heatmap: write_atomically(self.out/"heatmap.html", f'<!doctype html><meta charset="utf-8">{heatmap}'.encode())
         self.status(status, results)
-        for path in (self.out/"rollouts").iterdir(): path.unlink()
-        (self.out/"rollouts").rmdir()
+        for path in (self.out/self.name).iterdir(): path.unlink()
+        (self.out/self.name).rmdir()

@@ -21,8 +21,8 @@ from .sources import Side
 from .steps import DIVERGENCES, k3, step_divergence
 
 # %% auto #0
-__all__ = ['LOGITS_AT_ONCE', 'SHOWN', 'common_width', 'end_tokens', 'memory_errors', 'Scores', 'pad_left', 'score_completions',
-           'RolloutStream', 'draw']
+__all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'SHOWN', 'common_width', 'end_tokens', 'resolve_divergence', 'check_integer',
+           'memory_errors', 'Scores', 'pad_left', 'score_completions', 'RolloutStream', 'draw']
 
 # %% ../nbs/08_scoring.ipynb #1e8387e9
 def common_width(first: Side, second: Side) -> int: # V
@@ -40,6 +40,29 @@ def end_tokens(first: Side, second: Side) -> list[int]: # sorted
         given = getattr(side.model.generation_config, "eos_token_id", None)
         found |= set(given) if isinstance(given, (list, tuple)) else {given}
     return sorted(found - {None})
+
+# %% ../nbs/08_scoring.ipynb #3db3e872
+ALIASES = dict(js="jensen_shannon", tv="total_variation", hellinger="squared_hellinger", chi2="chi_square", reverse_kl="kl")
+
+def resolve_divergence(
+    divergence: str, # a key of `klrb.steps.DIVERGENCES`, or of `ALIASES`
+    direction: str, # "reverse", "forward" or "both"
+) -> tuple[str, str]: # a key of `DIVERGENCES` other than "forward_kl", and the direction
+    "The divergence and the direction to measure. Raises `ValueError` for unknown ones."
+    name = ALIASES.get(divergence, divergence)
+    if name not in DIVERGENCES: raise ValueError(f"`divergence` is {name!r}; it must be one of {', '.join([*DIVERGENCES, *ALIASES])}.")
+    swapped = dict(reverse="forward", forward="reverse", both="both")
+    if direction not in swapped: raise ValueError(f"`direction` is {direction!r}; it must be reverse, forward or both.")
+    return ("kl", swapped[direction]) if name == "forward_kl" else (name, direction)
+
+def check_integer(
+    name: str, # the argument
+    value: int|None, # what was given; None: left open, which is fine
+    least: int, # smallest allowed
+) -> None:
+    "Raise `ValueError` unless `value` is an integer of at least `least`."
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
 
 # %% ../nbs/08_scoring.ipynb #13aa7ed7
 class _Checked(LogitsProcessor):
