@@ -40,8 +40,11 @@ def _check_settings(s: dict) -> dict:
     return s | dict(divergence=divergence, direction=direction, tolerance=tolerance,
                     reference_temperature=s["temperature"] if s["reference_temperature"] is None else s["reference_temperature"])
 
-# %% ../nbs/05_measure.ipynb #f2c0ec32
+# %% ../nbs/05_measure.ipynb #ae0dab4f
 SEQUENCE, TOKEN = "nats per sequence", "nats per token"
+REASONS = dict(
+    fixed="the number of rollouts was given", reached="the tolerance was reached", max_samples="`max_samples` was reached, the tolerance was not",
+    prompts="more rollouts of these prompts cannot reach the tolerance: give more prompts", infinite="the divergence is infinite", interrupted="interrupted")
 
 @dataclass
 class Result:
@@ -63,6 +66,11 @@ class Result:
         if estimator not in self.estimators: raise ValueError(f"`estimator` is {estimator!r}; here it must be one of {', '.join(self.estimators)}.")
         unit, frame = unit or self.units[0], self.rollouts
         return cluster_interval(frame[estimator], None if unit == SEQUENCE else frame.length, frame.prompt if self.num_prompts > 1 else None)
+
+    @property
+    def why(self) -> str:
+        "Why the sampling stopped, in words."
+        return REASONS[self.reason]
 
     @property
     def variance_ratio(self) -> float: # NaN when there is no variance, or no `mc`
@@ -100,10 +108,7 @@ def running_estimates(
         rows += [dict(rollouts=int(size)) | o for o in estimates(part).query("unit == @result.units[0]").to_dict("records")]
     return pd.DataFrame(rows)
 
-# %% ../nbs/05_measure.ipynb #244ec95f
-REASONS = dict(
-    fixed="the number of rollouts was given", reached="the tolerance was reached", max_samples="`max_samples` was reached, the tolerance was not",
-    prompts="more rollouts of these prompts cannot reach the tolerance: give more prompts", infinite="the divergence is infinite", interrupted="interrupted")
+# %% ../nbs/05_measure.ipynb #3ae9aae5
 NAMES = dict(rb="RB", mc="MC", k3="k3")
 
 @dataclass
@@ -139,21 +144,21 @@ class Measurement:
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
         return f"<pre>{self}</pre>" + (f"<p>Completions with the largest steps (nats, sum at the end):</p>{shown}" if shown else "")
 
-# %% ../nbs/05_measure.ipynb #80f21366
+# %% ../nbs/05_measure.ipynb #8e7af4f6
 def _plain_results(results: dict) -> dict:
     return {name: dict(label=o.label, sampled_from=o.sampled_from, rollouts=len(o.rollouts), prompts=o.num_prompts, stopped=o.reason,
                        variance_ratio=o.variance_ratio, estimates=estimates(o).to_dict("records")) for name, o in results.items()}
 
 def _as_text(result: Result) -> str:
     "A few lines for people."
-    lines = [f"{result.label}, sampled from {'both' if result.sampled_from == 'both' else 'the ' + result.sampled_from}"]
+    lines = [f"{result.label}, sampled from {'both' if result.sampled_from == 'both' else 'the ' + result.sampled_from}, up to {len(result.positions)} tokens"]
     for name in result.estimators:
-        lines.append("   ".join([f"  {NAMES[name]}", *(f"{i.mean:8.4g} ± {i.half_width:<7.2g} {unit}" for unit in result.units for i in [result.interval(name, unit)])]))
+        lines.append(f"  {NAMES[name]}   " + "   ".join(f"{result.interval(name, unit)!s:<17} {unit}" for unit in result.units))
     units = "the prompts" if result.num_prompts > 1 else "single rollouts"
     used = result.rollouts.prompt.nunique()
     ratio = "" if math.isnan(result.variance_ratio) else f"; variance of MC over RB: {result.variance_ratio:.3g}"
     lines.append(f"  {len(result.rollouts):,} rollouts" + (f" of {used:,} prompts" if result.num_prompts > 1 else "") + f"; 95 % intervals over {units}{ratio}")
-    return "\n".join([*lines, f"  stopped: {REASONS[result.reason]}"])
+    return "\n".join([*lines, f"  stopped: {result.why}"])
 
 # %% ../nbs/05_measure.ipynb #08e431ce
 class _Run:

@@ -87,14 +87,14 @@ def memory_errors(batch_tokens: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower(): raise
         raise MemoryError(f"out of memory with `batch_tokens` = {batch_tokens:,}; give a smaller one, or a smaller `dtype`.") from error
 
-# %% ../nbs/08_scoring.ipynb #5631f7b1
+# %% ../nbs/08_scoring.ipynb #7f84a1bd
 @dataclass
 class Scores:
     "Both sides' view of sampled completions."
     step: Tensor # divergence of the two next-token distributions, 0 where masked, float64, (B, T)
     first_logprobs: Tensor # log-probability of each token under the first side, 0 where masked, float64, (B, T)
     second_logprobs: Tensor # the same under the second, (B, T)
-    same_top: Tensor # 1 where both sides' likeliest token is the same, (B, T)
+    same_top: Tensor # 1 where both sides' likeliest token is the same, if asked for, (B, T)
 
 LOGITS_AT_ONCE = 2**25  # ours: 128 MB of float32 per side
 
@@ -105,7 +105,7 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Ten
     mask = torch.tensor([[0]*(width - len(row)) + [1]*len(row) for row in rows], device=device)
     return ids, mask
 
-# %% ../nbs/08_scoring.ipynb #8e7eac72
+# %% ../nbs/08_scoring.ipynb #f0829502
 @torch.no_grad()
 def score_completions(
     sides: tuple[Side, Side], # p and q of D(p || q)
@@ -117,6 +117,7 @@ def score_completions(
     divergence: str = "kl", # a key of `klrb.steps.DIVERGENCES`
     alpha: float = 0.5, # order of the "alpha" divergence
     seconds: dict|None = None, # "forward" and "estimation" are added up here
+    tops: bool = False, # compare likeliest tokens
 ) -> Scores: # NaN where a side gives NaN
     "Exact step divergence and token log-probabilities of given completions, on the first side's device."
     seconds = dict(forward=0., estimation=0.) if seconds is None else seconds
@@ -130,7 +131,8 @@ def score_completions(
         scored = perf_counter()
         p, q = logits[0].float(), logits[1].float().to(logits[0].device)  # (rows, T, V)
         ids, mask = completion_ids[rows].to(p.device), completion_mask[rows].to(p.device) == 0
-        values = step_divergence(divergence, p, q, alpha), token_logprobs(p, ids), token_logprobs(q, ids), (p.argmax(-1) == q.argmax(-1)).float()
+        same_top = (p.argmax(-1) == q.argmax(-1)).float() if tops else torch.zeros(ids.shape)
+        values = step_divergence(divergence, p, q, alpha), token_logprobs(p, ids), token_logprobs(q, ids), same_top
         parts.append(torch.stack([o.double().cpu().masked_fill(mask.cpu(), 0.) for o in values]))
         seconds["forward"] += scored - began
         seconds["estimation"] += perf_counter() - scored

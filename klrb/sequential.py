@@ -18,7 +18,7 @@ from scipy import stats
 __all__ = ['FIRST_ROUND', 'SKEWNESS_FACTOR', 'Interval', 'cluster_interval', 'Tolerance', 'parse_tolerance', 'next_size',
            'sample_until']
 
-# %% ../nbs/06_sequential.ipynb #9c1b3417
+# %% ../nbs/06_sequential.ipynb #f7c21a5f
 @dataclass(frozen=True)
 class Interval:
     "An estimate with its interval."
@@ -33,7 +33,10 @@ class Interval:
         "Half the length of the interval."
         return (self.high - self.low)/2
 
-    def __str__(self): return f"{self.mean:.4g} ± {self.half_width:.2g}"
+    def __str__(self): # the estimate to the second digit of the half-width
+        if not self.half_width > 0: return f"{self.mean:.4g} ± {self.half_width:.2g}"
+        digits = max(0, 1 - math.floor(math.log10(self.half_width)))
+        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 # %% ../nbs/06_sequential.ipynb #ae5bc8e2
 def cluster_interval(

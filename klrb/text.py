@@ -120,7 +120,7 @@ class TextMeasurement:
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
         return f"<pre>{self}</pre><p>Around the largest steps (nats, sum at the end):</p>{shown}"
 
-# %% ../nbs/09_text.ipynb #e9099c13
+# %% ../nbs/09_text.ipynb #b1c57d8d
 def _score_windows(sides, windows, width, batch_tokens, direction, divergence, alpha, seconds):
     "Rows of every token, one frame per batch of windows."
     longest = max(len(start) + len(ids) for *_, start, ids in windows)
@@ -132,7 +132,7 @@ def _score_windows(sides, windows, width, batch_tokens, direction, divergence, a
         padded = torch.tensor([row + [pad]*(T - len(row)) for row in ids])  # (B, T)
         mask = torch.tensor([[1]*len(row) + [0]*(T - len(row)) for row in ids])
         with memory_errors(batch_tokens):
-            scores = score_completions(sides[::way], (starts, starts), padded, mask, width, divergence=divergence, alpha=alpha, seconds=seconds)
+            scores = score_completions(sides[::way], (starts, starts), padded, mask, width, divergence=divergence, alpha=alpha, seconds=seconds, tops=True)
         policy, reference = (scores.first_logprobs, scores.second_logprobs)[::way]
         keep = mask.bool()
         where = torch.arange(len(ids))[:, None].expand_as(padded)[keep].numpy()

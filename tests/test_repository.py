@@ -163,7 +163,7 @@ def test_parameter_check_finds_problems(tmp_path, tag, text, problem):
 LIBRARY = {"exact": set(), "steps": set(), "estimators": {"steps"}, "gradients": {"steps"}}  # what each may import
 STUDY = {"study", "figures"}
 # The tool on top: it may use the library, the models and the figures, and nothing but the command line uses it
-PARTS = {"sequential": set(), "sources": {"models"}, "scoring": {"models", "sources"}, "text": {"scoring", "sequential", "sources", "models"},
+PARTS = {"sequential": set(), "sources": {"models"}, "scoring": {"models", "sources"}, "text": {"report", "scoring", "sequential", "sources"},
          "report": {"figures"}}
 TOOL = PARTS | {"measure": set(PARTS)}
 
