@@ -87,7 +87,7 @@ def memory_errors(batch_tokens: int) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error).lower(): raise
         raise MemoryError(f"out of memory with `batch_tokens` = {batch_tokens:,}; give a smaller one, or a smaller `dtype`.") from error
 
-# %% ../nbs/08_scoring.ipynb #7f84a1bd
+# %% ../nbs/08_scoring.ipynb #bcffe4b1
 @dataclass
 class Scores:
     "Both sides' view of sampled completions."
@@ -96,7 +96,7 @@ class Scores:
     second_logprobs: Tensor # the same under the second, (B, T)
     same_top: Tensor # 1 where both sides' likeliest token is the same, if asked for, (B, T)
 
-LOGITS_AT_ONCE = 2**25  # ours: 128 MB of float32 per side
+LOGITS_AT_ONCE = 2**24  # ours: 64 MB of float32 per side
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]: # ids and mask, (B, P)
     "Prompts of unequal lengths as one batch."

@@ -118,10 +118,10 @@ def load_named(
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return model.to(place).eval(), tokenizer
 
-# %% ../nbs/07_sources.ipynb #a1a031a8
+# %% ../nbs/07_sources.ipynb #106d22d2
 def load_pair(
-    policy: str|PreTrainedModel, # name or loaded model
-    reference: str|PreTrainedModel, # name or loaded model
+    policy: str|Path|PreTrainedModel, # name or loaded model
+    reference: str|Path|PreTrainedModel, # name or loaded model
     tokenizer: PreTrainedTokenizerBase|None = None, # of loaded models; None: by the model's name
     dtype: str = "float32", # see `load_named`
     device: str = "auto", # see `pick_device`
@@ -131,9 +131,9 @@ def load_pair(
     loaded: dict[str, Side] = {}
     sides = []
     for role, given in (("policy", policy), ("reference", reference)):
-        if isinstance(given, str): side = _named_side(given, role, loaded, (dtype, device, trust_remote_code))
+        if isinstance(given, (str, Path)): side = _named_side(str(given), role, loaded, (dtype, device, trust_remote_code))
         elif hasattr(given, "generate") and hasattr(given, "config"): side = _loaded_side(given, tokenizer, role)
-        else: raise TypeError(f"`{role}` is a {type(given).__name__}; it must be a name, a PreTrainedModel or a PeftModel.")
+        else: raise TypeError(f"`{role}` is a {type(given).__name__}; it must be a name, a path, a PreTrainedModel or a PeftModel.")
         sides.append(side)
     ours, theirs = sides
     if ours.peft is not None and theirs.peft is None and theirs.model is ours.model: theirs.peft = ours.peft

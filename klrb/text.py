@@ -156,10 +156,10 @@ def _around(tokens: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, reach: int
         shown.append(dict(document=int(row.document), prompt=f"[document {row.document + 1:.0f}] ", tokens=[tokenizer.decode([o]) for o in near.token_id], step=near.step.tolist()))
     return shown
 
-# %% ../nbs/09_text.ipynb #6d420b1b
+# %% ../nbs/09_text.ipynb #87d723f9
 def measure_text(
-    policy: str|PreTrainedModel, # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
-    reference: str|PreTrainedModel, # the same
+    policy: str|Path|PreTrainedModel, # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
+    reference: str|Path|PreTrainedModel, # the same
     text: str|Path|list, # file, Hub data set, "-", or list of documents; see `read_documents`
     *,
     column: str|None = None, # of files with columns; None: "prompt" or "text"

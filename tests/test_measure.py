@@ -16,7 +16,8 @@ import klrb.scoring
 import klrb.sources
 from klrb.cli import app
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl
-from klrb.measure import estimates, figures, measure_kl, prompt_means
+from klrb.measure import measure_kl
+from klrb.report import estimates, figures, prompt_means
 from klrb.sequential import Tolerance, cluster_interval, next_size, parse_tolerance, sample_until
 from klrb.sources import load_pair
 from klrb.steps import step_kl

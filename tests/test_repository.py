@@ -164,7 +164,7 @@ LIBRARY = {"exact": set(), "steps": set(), "estimators": {"steps"}, "gradients":
 STUDY = {"study", "figures"}
 # The tool on top: it may use the library, the models and the figures, and nothing but the command line uses it
 PARTS = {"sequential": set(), "sources": {"models"}, "scoring": {"models", "sources"}, "text": {"report", "scoring", "sequential", "sources"},
-         "report": {"figures"}}
+         "report": {"figures", "sequential"}}
 TOOL = PARTS | {"measure": set(PARTS)}
 
 
