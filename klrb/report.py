@@ -25,7 +25,7 @@ from .sequential import Interval, cluster_interval
 # %% auto #0
 __all__ = ['SEQUENCE', 'TOKEN', 'REASONS', 'NAMES', 'FLUSH_SECONDS', 'heatmap_html', 'heatmap_text', 'Result', 'estimates',
            'prompt_means', 'running_estimates', 'plain', 'Measurement', 'plain_results', 'plot_positions',
-           'plot_prompts', 'plot_convergence', 'figures', 'write_atomically', 'Saver']
+           'plot_prompts', 'plot_convergence', 'figures', 'write_atomically', 'Saver', 'finish_saving']
 
 # %% ../nbs/22_report.ipynb #be5b4bac
 def heatmap_html(
@@ -169,7 +169,7 @@ class Measurement:
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
         return f"<pre>{self}</pre>" + (f"<p>Completions with the largest steps (nats, sum at the end):</p>{shown}" if shown else "")
 
-# %% ../nbs/22_report.ipynb #33ae417e
+# %% ../nbs/22_report.ipynb #7575183b
 def plain_results(results: dict[str, Result]) -> dict: # by name: label, counts, estimates
     "Results without their rollouts, for JSON."
     return {name: dict(label=o.label, sampled_from=o.sampled_from, rollouts=len(o.rollouts), prompts=o.num_prompts, stopped=o.reason,
@@ -181,9 +181,10 @@ def _as_text(result: Result) -> str:
     for name in result.estimators:
         lines.append(f"  {NAMES[name]}   " + "   ".join(f"{result.interval(name, unit)!s:<17} {unit}" for unit in result.units))
     units = "the prompts" if result.num_prompts > 1 else "single rollouts"
-    used = result.rollouts.prompt.nunique()
+    used = result.rollouts.prompt.nunique() if result.num_prompts > 1 else len(result.rollouts)
     ratio = "" if math.isnan(result.variance_ratio) else f"; variance of MC over RB: {result.variance_ratio:.3g}"
     lines.append(f"  {len(result.rollouts):,} rollouts" + (f" of {used:,} prompts" if result.num_prompts > 1 else "") + f"; 95 % intervals over {units}{ratio}")
+    if used > 1 and (wanted := result.interval().clusters_wanted) > used: lines.append(f"  the values are skewed: about {wanted:,.0f} {'prompts' if result.num_prompts > 1 else 'rollouts'} are wanted for a 95 % interval")
     return "\n".join([*lines, f"  stopped: {result.why}"])
 
 # %% ../nbs/22_report.ipynb #33e6d3d9
@@ -231,15 +232,14 @@ def plot_convergence(
     ax.legend()
     return fig
 
-# %% ../nbs/22_report.ipynb #071e2281
+# %% ../nbs/22_report.ipynb #22f272d7
 def figures(
     result: Result,
-) -> dict: # matplotlib figures: "convergence", "positions" and, with several prompts, "prompts"
+) -> dict: # matplotlib figures: "positions", "prompts" if there are several, and "convergence"
     "The figures of a result."
-    drawn = dict(convergence=plot_convergence(running_estimates(result), result.label))
-    if len(result.positions): drawn["positions"] = plot_positions(result.positions, result.label)
+    drawn = dict(positions=plot_positions(result.positions, result.label)) if len(result.positions) else {}
     if result.num_prompts > 1: drawn["prompts"] = plot_prompts(prompt_means(result), result.label)
-    return drawn
+    return drawn | dict(convergence=plot_convergence(running_estimates(result), result.label))
 
 # %% ../nbs/22_report.ipynb #2ef901cd
 def write_atomically(path: Path, data: bytes) -> None:
@@ -248,7 +248,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     part.write_bytes(data)
     os.replace(part, path)
 
-# %% ../nbs/22_report.ipynb #ed95f58b
+# %% ../nbs/22_report.ipynb #093d566e
 FLUSH_SECONDS = 2.  # ours: how much of a run may be lost when it is killed
 
 @dataclass
@@ -288,15 +288,23 @@ class Saver:
         write_atomically(self.out/self.name/f"part-{self.parts:05d}.parquet", pd.concat(self.waiting).to_parquet(index=False))
         self.parts, self.waiting, self.last = self.parts + 1, [], monotonic()
 
-    def finish(self, status: str, results: dict, tables: dict[str, pd.DataFrame], figures: dict, heatmap: str) -> None:
-        "Write tables (CSV), figures (SVG, PNG, CSV) and the heat map; join the parts; then write the last status."
-        self.flush()
-        if self.parts: write_atomically(self.out/f"{self.name}.parquet", pd.read_parquet(self.out/self.name).to_parquet(index=False))
-        for name, table in tables.items(): write_atomically(self.out/f"{name}.csv", table.to_csv(index=False).encode())
-        for name, (figure, data) in figures.items():
-            save_figure(figure, self.out/"figures"/name, data)
-            plt.close(figure)
-        if heatmap: write_atomically(self.out/"heatmap.html", f'<!doctype html><meta charset="utf-8">{heatmap}'.encode())
-        self.status(status, results)
-        for path in (self.out/self.name).iterdir(): path.unlink()
-        (self.out/self.name).rmdir()
+# %% ../nbs/22_report.ipynb #dae84059
+def finish_saving(
+    saver: Saver, # of the run
+    status: str, # "complete" or "interrupted"
+    results: dict, # for `measurement.json`
+    tables: dict[str, pd.DataFrame], # written as CSV
+    figures: dict[str, tuple[Figure, pd.DataFrame]], # and the numbers behind them
+    heatmap: str, # HTML
+) -> None:
+    "Write tables (CSV), figures (SVG, PNG, CSV) and the heat map; join the parts; then write the last status."
+    saver.flush()
+    if saver.parts: write_atomically(saver.out/f"{saver.name}.parquet", pd.read_parquet(saver.out/saver.name).to_parquet(index=False))
+    for name, table in tables.items(): write_atomically(saver.out/f"{name}.csv", table.to_csv(index=False).encode())
+    for name, (figure, data) in figures.items():
+        save_figure(figure, saver.out/"figures"/name, data)
+        plt.close(figure)
+    if heatmap: write_atomically(saver.out/"heatmap.html", f'<!doctype html><meta charset="utf-8">{heatmap}'.encode())
+    saver.status(status, results)
+    for path in (saver.out/saver.name).iterdir(): path.unlink()
+    (saver.out/saver.name).rmdir()

@@ -15,10 +15,12 @@ import numpy as np
 from scipy import stats
 
 # %% auto #0
-__all__ = ['FIRST_ROUND', 'SKEWNESS_FACTOR', 'Interval', 'cluster_interval', 'Tolerance', 'parse_tolerance', 'next_size',
+__all__ = ['SKEWNESS_FACTOR', 'FIRST_ROUND', 'Interval', 'cluster_interval', 'Tolerance', 'parse_tolerance', 'next_size',
            'sample_until']
 
-# %% ../nbs/06_sequential.ipynb #f7c21a5f
+# %% ../nbs/06_sequential.ipynb #5342695d
+SKEWNESS_FACTOR = 25  # clusters per squared skewness (Cochran, *Sampling Techniques*, 1977, section 2.15)
+
 @dataclass(frozen=True)
 class Interval:
     "An estimate with its interval."
@@ -27,6 +29,12 @@ class Interval:
     low: float # ends of the interval
     high: float
     num_clusters: int # independent units: prompts, documents, or rollouts of one prompt
+    skewness: float = 0. # of the clusters' sums
+
+    @property
+    def clusters_wanted(self) -> float:
+        "Clusters from which on a 95 % interval may be trusted at this skewness (Cochran's rule, see below)."
+        return SKEWNESS_FACTOR*self.skewness**2
 
     @property
     def half_width(self) -> float: # NaN from a single cluster, or when the estimate is infinite
@@ -38,7 +46,7 @@ class Interval:
         digits = max(0, 1 - math.floor(math.log10(self.half_width)))
         return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
-# %% ../nbs/06_sequential.ipynb #ae5bc8e2
+# %% ../nbs/06_sequential.ipynb #cebf07e3
 def cluster_interval(
     values, # one value per rollout, (N,)
     lengths=None, # what they are divided by, (N,); None: 1 each
@@ -54,9 +62,10 @@ def cluster_interval(
     sums = _cluster_sums(values, lengths, clusters) if np.isfinite(mean) else np.zeros(1)
     m = len(sums)
     if m < 2: return Interval(float(mean), math.nan, math.nan, math.nan, m)
-    stderr = math.sqrt(m/(m - 1)*(sums**2).sum())/lengths.sum()
+    square, cube = (sums**2).mean(), (sums**3).mean()
+    stderr = m*math.sqrt(square/(m - 1))/lengths.sum()
     half = _t_quantile(level, m - 1)*stderr
-    return Interval(float(mean), stderr, float(mean - half), float(mean + half), m)
+    return Interval(float(mean), stderr, float(mean - half), float(mean + half), m, float(cube/square**1.5) if square > 0 else 0.)
 
 @lru_cache(maxsize=1024)
 def _t_quantile(level, degrees): return float(stats.t.ppf(0.5 + level/2, degrees))
@@ -91,9 +100,8 @@ def parse_tolerance(
         raise ValueError(f"`tolerance` is {text!r}; it must be a positive number of nats such as 0.05, or a percentage such as 5%.")
     return Tolerance(value/100, True) if match[2] else Tolerance(value)
 
-# %% ../nbs/06_sequential.ipynb #5c9d8009
+# %% ../nbs/06_sequential.ipynb #81f33c1b
 FIRST_ROUND = 256  # rollouts; ours: 64 gave coverages down to 92 % on skewed values
-SKEWNESS_FACTOR = 25  # clusters per squared skewness (Cochran, 1977, section 2.15)
 
 def next_size(
     values, # one value per rollout so far, (N,)
@@ -105,11 +113,9 @@ def next_size(
     values, lengths = np.asarray(values, float), np.asarray(lengths, float)
     n, P = len(values), num_prompts
     clusters = np.arange(n) % P if P > 1 else None
-    half = cluster_interval(values, lengths, clusters).half_width
-    if math.isnan(half): return n
-    sums = _cluster_sums(values, lengths, clusters)
-    more_clusters = half > 0 and (P == 1 or n < P)
-    needed = SKEWNESS_FACTOR*np.mean(sums**3)**2/np.mean(sums**2)**3 if more_clusters else 0
+    interval = cluster_interval(values, lengths, clusters)
+    if math.isnan(half := interval.half_width): return n
+    needed = interval.clusters_wanted if P == 1 or n < P else 0  # else there are no more clusters
     if half <= allowed and n >= needed: return n
     if allowed == 0: return math.inf
     want = max(needed, 1.1*n*(half/allowed)**2, 1.1*n)

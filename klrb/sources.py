@@ -118,7 +118,7 @@ def load_named(
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return model.to(place).eval(), tokenizer
 
-# %% ../nbs/07_sources.ipynb #106d22d2
+# %% ../nbs/07_sources.ipynb #0049b9fc
 def load_pair(
     policy: str|Path|PreTrainedModel, # name or loaded model
     reference: str|Path|PreTrainedModel, # name or loaded model
@@ -141,6 +141,7 @@ def load_pair(
     if ours.tokenizer is not theirs.tokenizer: check_same_tokenizer(ours.tokenizer, theirs.tokenizer)
     return ours, theirs
 
+# %% ../nbs/07_sources.ipynb #d9ddceac
 def _split_name(name: str) -> tuple[str, str|None]:
     if "+" not in name or Path(name).expanduser().exists(): return name, None
     base, _, adapter = name.rpartition("+")
