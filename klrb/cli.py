@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 # %% auto #0
-__all__ = ['app', 'ON_POLICY', 'ON_TEXT', 'one_line_errors', 'study', 'measure']
+__all__ = ['app', 'one_line_errors', 'study', 'measure']
 
 # %% ../nbs/23_cli.ipynb #9f4ff04c
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
@@ -91,24 +91,18 @@ def measure(
         _quiet_loading()
         _show(_measured(given), as_json)
 
-# %% ../nbs/23_cli.ipynb #7150eb47
-ON_POLICY = dict(prompts=None, samples=None, tolerance=None, max_samples=65_536, max_new_tokens=32, temperature=1.0, reference_temperature=None,
-                 chat=False, policy_prefix="", reference_prefix="")
-ON_TEXT = dict(window=512)
-
+# %% ../nbs/23_cli.ipynb #34eeec34
 def _measured(given: dict):
     "The measurement that the options ask for."
-    on_text = given.pop("text")
-    given.pop("as_json")
-    others = ON_TEXT if on_text is None else ON_POLICY
-    if changed := [name for name, default in others.items() if given[name] != default]:
-        raise ValueError(f"`{changed[0]}` is {given[changed[0]]!r}, which means nothing {'without' if on_text is None else 'together with'} `text`; leave it out.")
-    for name in others: given.pop(name)
-    if on_text is not None:
-        from klrb.text import measure_text
-        return measure_text(text=on_text, **given)
+    from inspect import signature
     from klrb.measure import measure_kl
-    return measure_kl(**given)
+    from klrb.text import measure_text
+    function, other = (measure_kl, measure_text) if given["text"] is None else (measure_text, measure_kl)
+    allowed = signature(function).parameters
+    for name, parameter in signature(other).parameters.items():
+        if name in given and name not in allowed and given[name] not in (None, parameter.default):
+            raise ValueError(f"`{name}` is {given[name]!r}, which means nothing {'without' if given['text'] is None else 'together with'} `text`; leave it out.")
+    return function(**{name: value for name, value in given.items() if name in allowed})
 
 def _quiet_loading() -> None:
     import warnings

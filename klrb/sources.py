@@ -27,13 +27,13 @@ from .models import check_same_tokenizer, load_model, load_tokenizer
 # %% auto #0
 __all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe', 'read_prompts', 'encode_prompts']
 
-# %% ../nbs/07_sources.ipynb #ce24840e
+# %% ../nbs/07_sources.ipynb #ef08defb
 @dataclass
 class Side:
     "One of the two models that are compared, ready to run."
     name: str # as it was given
     model: PreTrainedModel # the same object on both sides when they share weights
-    tokenizer: PreTrainedTokenizerBase # padded on the left
+    tokenizer: PreTrainedTokenizerBase # of both sides
     peft: Any = None # the `PeftModel` around `model`, if there is one
     adapter: str|None = None # which of its adapters is on; None: none
 
@@ -44,7 +44,7 @@ class Side:
         elif self.adapter is None:
             with self.peft.disable_adapter(): yield self.model
         else:
-            self.peft.set_adapter(self.adapter, inference_mode=True)
+            if self.peft.active_adapter != self.adapter: self.peft.set_adapter(self.adapter)
             yield self.model
 
     def fingerprint(self) -> str: # 16 hexadecimal digits
@@ -56,6 +56,11 @@ class Side:
             digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
             digest.update(flat[::max(1, len(flat)//4096)].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def pad_id(self) -> int:
+        "A token for positions that are masked: which one does not matter."
+        return next((o for o in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if o is not None), 0)
 
     @property
     def context(self) -> int|None: # positions; None: no limit is known
@@ -87,13 +92,13 @@ def _check_exists(name: str) -> None:
         hint = "is an adapter: write BASE+ADAPTER" if (path/"adapter_config.json").exists() else "has no config.json; give a folder that save_pretrained wrote"
         raise ValueError(f"`model` is {name!r}, which {hint}.")
 
-# %% ../nbs/07_sources.ipynb #f730bdc0
+# %% ../nbs/07_sources.ipynb #7549b200
 def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
     path, safe = Path(name).expanduser(), {}
     if path.suffix == ".gguf": where, settings["gguf_file"] = str(path.parent), path.name
     else: where, safe = str(path) if path.is_dir() else name, dict(use_safetensors=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, padding_side="left", **settings)
+        tokenizer = AutoTokenizer.from_pretrained(where, **settings)
         return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
         raise ValueError(f"`model` is {name!r}, and loading it failed: {_first_line(error)} Give a folder with config.json, "
@@ -104,7 +109,7 @@ def load_named(
     dtype: str = "float32", # ours: half-precision logits have rounding of the size of small KLs
     device: str = "auto", # see `pick_device`
     trust_remote_code: bool = False, # run code that comes with the checkpoint
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode; the tokenizer pads on the left
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, and its tokenizer
     "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights are missing."
     if dtype not in DTYPES: raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     place = pick_device(device)
@@ -115,7 +120,6 @@ def load_named(
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise ValueError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of the model or has them in another "
                          f"shape (first: {missing[0]}); they would be random. Is it a complete causal language model?")
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     return model.to(place).eval(), tokenizer
 
 # %% ../nbs/07_sources.ipynb #0049b9fc

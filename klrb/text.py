@@ -120,12 +120,12 @@ class TextMeasurement:
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
         return f"<pre>{self}</pre><p>Around the largest steps (nats, sum at the end):</p>{shown}"
 
-# %% ../nbs/09_text.ipynb #b1c57d8d
+# %% ../nbs/09_text.ipynb #0d11d3d8
 def _score_windows(sides, windows, width, batch_tokens, direction, divergence, alpha, seconds):
     "Rows of every token, one frame per batch of windows."
     longest = max(len(start) + len(ids) for *_, start, ids in windows)
     if longest > batch_tokens: raise ValueError(f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at least that many, or a smaller `window`.")
-    way, pad = (-1 if direction == "forward" else 1), sides[0].tokenizer.pad_token_id
+    way, pad = (-1 if direction == "forward" else 1), sides[0].pad_id
     for i in range(0, len(windows), batch_tokens//longest):
         documents, firsts, starts, ids = zip(*windows[i:i + batch_tokens//longest])
         T = max(map(len, ids))

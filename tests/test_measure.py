@@ -1,4 +1,5 @@
 """The measuring tool: exact answers by enumeration, coverage, files that survive an interruption, and bad input."""
+import inspect
 import itertools
 import json
 import math
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -129,6 +131,15 @@ def test_prompts_of_unequal_length_and_prefixes():
     assert same.kl.mean == 0 < other.kl.mean
 
 
+def test_a_tokenizer_with_neither_padding_nor_beginning():
+    bare = small_tokenizer()
+    bare.pad_token = bare.bos_token = None
+    found = measure_kl(POLICY, REFERENCE, ["a b c", "d"], tokenizer=bare, samples=20, max_new_tokens=3)
+    pd.testing.assert_frame_equal(found.headline.rollouts, measure(prompts=["a b c", "d"], samples=20).headline.rollouts)
+    text = measure_text(POLICY, REFERENCE, ["a b c", "d"], tokenizer=bare)  # a first token without context is not scored
+    assert text.tokens.position.tolist() == [1, 2]
+
+
 def test_end_tokens_of_the_generation_settings_count(monkeypatch):
     monkeypatch.setattr(POLICY.generation_config, "eos_token_id", [0, 2])
     assert klrb.scoring.end_tokens(*load_pair(POLICY, REFERENCE, TOKENIZER)) == [0, 2]
@@ -163,6 +174,21 @@ def test_adapter_on_and_off_is_one_set_of_weights(tmp_path):
     with torch.no_grad():
         with policy.active() as model: assert torch.equal(model(ids).logits, merged)
         with reference.active() as model: assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
+
+
+def test_two_adapters_on_one_base(folder, tmp_path):
+    for name, seed in (("x", 1), ("y", 2)):
+        torch.manual_seed(seed)
+        get_peft_model(small_model(1), LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)).save_pretrained(tmp_path/name)
+    policy, reference = load_pair(f"{folder/'good'}+{tmp_path/'x'}", f"{folder/'good'}+{tmp_path/'y'}")
+    alone = load_pair(f"{folder/'good'}+{tmp_path/'y'}", str(folder/"good"))
+    ids = torch.tensor([[0, 3, 2]])
+    def logits(side):
+        with torch.no_grad(), side.active() as model: return model(ids).logits
+    ours, theirs, again = logits(policy), logits(reference), logits(policy)
+    assert policy.model is reference.model and torch.equal(ours, again) and not torch.equal(ours, theirs)
+    assert torch.equal(theirs, logits(alone[0])) and torch.allclose(logits(alone[1]), POLICY(ids).logits, atol=1e-6)
+    assert len({o.fingerprint() for o in (policy, reference, alone[1])}) == 3
 
 
 # Tolerance
@@ -434,6 +460,14 @@ def test_unreachable_tolerance_prints_the_table_and_fails(folder, monkeypatch):
     answer = invoke(folder, monkeypatch, "good", "reference", "--prompts", "good.txt", "--max-new-tokens", "3", "--tolerance", "0.0001")
     check_error(answer, "more rollouts of these prompts cannot reach the tolerance")
     assert "nats per sequence" in answer.stdout
+
+
+def test_defaults_of_the_command_are_those_of_the_functions():
+    options = {o.name: o.default for o in typer.main.get_command(app).commands["measure"].params}
+    for function in (measure_kl, measure_text):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in options and parameter.default is not inspect.Parameter.empty: assert options[name] == parameter.default, name
+    assert set(inspect.signature(measure_kl).parameters) - set(options) == {"tokenizer", "progress"}
 
 
 def test_json_and_standard_input(folder, monkeypatch):
