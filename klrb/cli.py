@@ -56,20 +56,20 @@ def _numbers(text: str) -> tuple[float, ...]:
     try: return tuple(float(part) for part in text.split(","))
     except ValueError: raise ValueError(f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1.") from None
 
-# %% ../nbs/23_cli.ipynb #2a5ff21b
+# %% ../nbs/23_cli.ipynb #714d0ec1
 @app.command()
 def measure(
     policy: str = typer.Argument(help="Hub id, folder, GGUF file, BASE+ADAPTER or pocket."),
     reference: str = typer.Argument(help="The same; must share the policy's tokenizer."),
-    prompts: str = typer.Option(None, help="Text, JSONL, CSV or Parquet file, Hub data set, or - for standard input.  [default: none, from the beginning of text]"),
+    prompts: str = typer.Option(None, show_default="none, from the beginning of text", help="Text, JSONL, CSV or Parquet file, Hub data set, or - for standard input."),
     text: str = typer.Option(None, help="Compare next tokens on this text instead of sampling: file, Hub data set or -."),
-    column: str = typer.Option(None, help="Field or column of prompts or text.  [default: prompt or text]"),
-    samples: int = typer.Option(None, help="Completions per prompt.  [default: 1,024 over all prompts]"),
+    column: str = typer.Option(None, show_default="prompt or text", help="Field or column of prompts or text."),
+    samples: int = typer.Option(None, show_default="1,024 over all prompts", help="Completions per prompt."),
     tolerance: str = typer.Option(None, help="Sample until the 95 % interval is this narrow: half-width in nats, or 5%."),
     max_samples: int = typer.Option(65_536, help="Completions at the most, with --tolerance."),
     max_new_tokens: int = typer.Option(32, help="Completions are cut at this length."),
     temperature: float = typer.Option(1.0, help="Of both models."),
-    reference_temperature: float = typer.Option(None, help="Of the reference.  [default: as --temperature]"),
+    reference_temperature: float = typer.Option(None, show_default="as --temperature", help="Of the reference."),
     direction: str = typer.Option("reverse", help="reverse is KL(policy || reference); forward; both."),
     divergence: str = typer.Option("kl", help="kl, forward_kl, jeffreys, js, tv, hellinger, chi2 or alpha."),
     alpha: float = typer.Option(0.5, help="Order of the alpha divergence."),

@@ -178,8 +178,9 @@ def test_adapter_on_and_off_is_one_set_of_weights(tmp_path):
 
 def test_two_adapters_on_one_base(folder, tmp_path):
     for name, seed in (("x", 1), ("y", 2)):
-        torch.manual_seed(seed)
-        get_peft_model(small_model(1), LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)).save_pretrained(tmp_path/name)
+        base = small_model(1)
+        torch.manual_seed(seed)  # of the adapter
+        get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)).save_pretrained(tmp_path/name)
     policy, reference = load_pair(f"{folder/'good'}+{tmp_path/'x'}", f"{folder/'good'}+{tmp_path/'y'}")
     alone = load_pair(f"{folder/'good'}+{tmp_path/'y'}", str(folder/"good"))
     ids = torch.tensor([[0, 3, 2]])
