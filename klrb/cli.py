@@ -12,9 +12,9 @@ from pathlib import Path
 import typer
 
 # %% auto #0
-__all__ = ['app', 'one_line_errors', 'study']
+__all__ = ['app', 'one_line_errors', 'study', 'measure']
 
-# %% ../nbs/23_cli.ipynb #b767e406
+# %% ../nbs/23_cli.ipynb #9f4ff04c
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Better estimation of the KL divergence between language models.")
 
@@ -26,7 +26,7 @@ def one_line_errors() -> Iterator[None]:
     "Turn an error about the input into one line on stderr and exit code 2."
     try: yield
     except typer.Exit: raise  # it is a RuntimeError
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         typer.echo(f"klrb: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(2)
 
@@ -55,3 +55,74 @@ def study(
 def _numbers(text: str) -> tuple[float, ...]:
     try: return tuple(float(part) for part in text.split(","))
     except ValueError: raise ValueError(f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1.") from None
+
+# %% ../nbs/23_cli.ipynb #714d0ec1
+@app.command()
+def measure(
+    policy: str = typer.Argument(help="Hub id, folder, GGUF file, BASE+ADAPTER or pocket."),
+    reference: str = typer.Argument(help="The same; must share the policy's tokenizer."),
+    prompts: str = typer.Option(None, show_default="none, from the beginning of text", help="Text, JSONL, CSV or Parquet file, Hub data set, or - for standard input."),
+    text: str = typer.Option(None, help="Compare next tokens on this text instead of sampling: file, Hub data set or -."),
+    column: str = typer.Option(None, show_default="prompt or text", help="Field or column of prompts or text."),
+    samples: int = typer.Option(None, show_default="1,024 over all prompts", help="Completions per prompt."),
+    tolerance: str = typer.Option(None, help="Sample until the 95 % interval is this narrow: half-width in nats, or 5%."),
+    max_samples: int = typer.Option(65_536, help="Completions at the most, with --tolerance."),
+    max_new_tokens: int = typer.Option(32, help="Completions are cut at this length."),
+    temperature: float = typer.Option(1.0, help="Of both models."),
+    reference_temperature: float = typer.Option(None, show_default="as --temperature", help="Of the reference."),
+    direction: str = typer.Option("reverse", help="reverse is KL(policy || reference); forward; both."),
+    divergence: str = typer.Option("kl", help="kl, forward_kl, jeffreys, js, tv, hellinger, chi2 or alpha."),
+    alpha: float = typer.Option(0.5, help="Order of the alpha divergence."),
+    chat: bool = typer.Option(False, "--chat", help="Apply the chat template."),
+    policy_prefix: str = typer.Option("", help="Text before every prompt of the policy; with --chat, its system message."),
+    reference_prefix: str = typer.Option("", help="The same for the reference."),
+    window: int = typer.Option(512, help="With --text: tokens read at a time."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda or mps."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that comes with a checkpoint."),
+    batch_tokens: int = typer.Option(4096, help="Tokens at a time; lower it when memory runs out."),
+    seed: int = typer.Option(0, help="Of the sampling."),
+    save: Path = typer.Option(None, help="New folder for tables, figures and rollouts."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    "Measure the KL divergence between two language models, with an interval."
+    given = dict(locals())
+    with one_line_errors():
+        _quiet_loading()
+        _show(_measured(given), as_json)
+
+# %% ../nbs/23_cli.ipynb #34eeec34
+def _measured(given: dict):
+    "The measurement that the options ask for."
+    from inspect import signature
+    from klrb.measure import measure_kl
+    from klrb.text import measure_text
+    function, other = (measure_kl, measure_text) if given["text"] is None else (measure_text, measure_kl)
+    allowed = signature(function).parameters
+    for name, parameter in signature(other).parameters.items():
+        if name in given and name not in allowed and given[name] not in (None, parameter.default):
+            raise ValueError(f"`{name}` is {given[name]!r}, which means nothing {'without' if given['text'] is None else 'together with'} `text`; leave it out.")
+    return function(**{name: value for name, value in given.items() if name in allowed})
+
+def _quiet_loading() -> None:
+    import warnings
+    import transformers
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+def _show(measured, as_json: bool) -> None:
+    "Print a measurement; exit code 130 when it was interrupted."
+    if as_json:
+        import json
+        typer.echo(json.dumps(measured.to_json(), ensure_ascii=False, allow_nan=False))
+    else:
+        from rich.console import Console
+        from klrb.report import heatmap_text
+        typer.echo(repr(measured))
+        console = Console(force_jupyter=False)
+        if measured.largest: typer.echo("Largest steps (nats, sum at the end):")
+        for o in measured.largest[:3]: console.print(heatmap_text(o["prompt"], o["tokens"], o["step"]))
+    if measured.status == "interrupted": raise typer.Exit(130)
+    unreachable = [o for o in getattr(measured, "results", {}).values() if o.reason in ("prompts", "infinite")]
+    if unreachable: raise ValueError(f"the tolerance cannot be reached: {unreachable[0].why}.")
