@@ -107,7 +107,7 @@ def environment() -> dict[str, str | int | bool | None]: # versions, commit, mac
     return dict(commit=git("rev-parse", "HEAD") if ours else None, dirty=bool(git("status", "--porcelain")) if ours else None,
                 python=platform.python_version(), system=platform.system(), machine=platform.machine(), cores=os.cpu_count(), **versions)
 
-# %% ../nbs/16_runs.ipynb #94b252f4
+# %% ../nbs/16_runs.ipynb #4d1100b9
 @dataclass(frozen=True)
 class Run:
     """One execution of an experiment notebook, and where its record is kept."""
@@ -127,7 +127,7 @@ class Run:
     @property
     def key(self) -> str: # "notebook/name-identity"
         "Path of the folder within `root`."
-        return f"{self.notebook.stem.rpartition('-')[0] or self.notebook.stem}/{self.name}-{self.identity[:8]}"
+        return f"{self.notebook.stem.rpartition('-')[0] or self.notebook.stem}/{self.name}-{self.identity[:12]}"
 
     @property
     def folder(self) -> Path:
