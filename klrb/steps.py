@@ -6,10 +6,12 @@
 __all__ = ['DIVERGENCES', 'k1', 'k2', 'k3', 'step_kl', 'topk_tail', 'step_kl_from_topk', 'step_kl_topk', 'FDivergence',
            'step_divergence']
 
-# %% ../nbs/01_steps.ipynb #bf708067
+# %% ../nbs/01_steps.ipynb #80f09679
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,74 +76,162 @@ def _expm1_minus(x):
     x = x.masked_fill(small, 1.)  # keeps the unused branch, and its gradient, finite
     return torch.where(small, 0.5 * y * y * series, torch.expm1(x) - x)
 
-# %% ../nbs/01_steps.ipynb #a499c4f8
+# %% ../nbs/01_steps.ipynb #20938cdd
 def step_kl(
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
 )->Tensor: # KL(policy || reference) in nats at each prefix, (B, T)
-    """Exact next-token KL at every prefix (eq. 5), in at least float32, differentiable in both arguments.
+    """Exact next-token KL at every prefix (eqs. 5 and 7), in at least float32, differentiable once in both arguments.
 
     Never negative; 0 for equal logits; `inf` where the policy puts mass on a token that the reference excludes
-    (logit `-inf`). A step with a NaN or `+inf` logit, or with every token excluded, gives NaN and no gradient, so that
-    garbage in masked positions stays there. Divide both logits by the temperature first if there is one.
+    (logit `-inf`). A step with a NaN or `+inf` logit, or with every token excluded, gives NaN. A step whose KL is not
+    finite passes no gradient on, so that garbage in masked positions stays there. Divide both logits by the
+    temperature first if there is one. No temporary grows with B or T. Large inputs run through `torch.compile` where it works.
     """
     check_float(policy_logits=policy_logits, ref_logits=ref_logits)
+    if policy_logits.device != ref_logits.device:
+        raise ValueError(f"`ref_logits` is on {ref_logits.device} but `policy_logits` on {policy_logits.device}; move one of them.")
     if policy_logits.ndim == 0 or policy_logits.shape[-1] == 0:
         raise ValueError(f"`policy_logits` has shape {tuple(policy_logits.shape)}; it must be (B, T, V) with V of at least 1.")
     if not policy_logits.numel(): return _upcast(policy_logits + ref_logits)[0].sum(-1)  # no step at all
     return _StepKL.apply(policy_logits, ref_logits)
 
-# %% ../nbs/01_steps.ipynb #2e74aca8
+# %% ../nbs/01_steps.ipynb #036858a3
+def tile_sums(a, b, top_p, top_q, with_entropy):
+    "Maxima, then sums over the tile of p, q, -p δ, p e2(-δ) and, if wanted, p log p; all unnormalised, (rows, 1) each (eq. 7)."
+    a, b = a.to(top_p.dtype), b.to(top_p.dtype)
+    top_p, top_q = torch.maximum(top_p, a.amax(-1, True)), torch.maximum(top_q, b.amax(-1, True))
+    x, delta = a - top_p, (a - b) - (top_p - top_q)  # logits first: the difference of close floats is exact
+    p, q = x.exp(), (b - top_q).exp()
+    largest = _largest(delta)
+    weigh = lambda o: p * o if largest < torch.inf else torch.where(p > 0, p * o, 0.)
+    terms, p_delta = p * _e2_near(-delta), weigh(delta)
+    if not largest < 0.5: terms = torch.where(delta.abs() < 0.5, terms, q - p + p_delta)  # eq. 6
+    sums = [p, q, -p_delta, terms] + ([weigh(x)] if with_entropy else [])
+    return top_p, top_q, *(o.sum(-1, True) for o in sums)
+
+def _e2_near(x):
+    "e2(x) for |x| <= 1/2 from its series, with as many terms as the rounding can see."
+    terms = 16 if x.dtype == torch.float64 else 8
+    series = x / math.factorial(terms) + 1 / math.factorial(terms - 1)
+    for k in range(terms - 2, 1, -1): series = series * x + 1 / math.factorial(k)
+    return x * x * series
+
+def _largest(delta)->float:
+    "Largest |δ|. Infinity where looking costs more than it saves: while compiling, and away from the CPU."
+    if torch.compiler.is_compiling() or delta.device.type != "cpu": return torch.inf
+    low, high = delta.aminmax()
+    return max(-low.item(), high.item())  # NaN if any is
+
+# %% ../nbs/01_steps.ipynb #18674e77
+class StepStats(NamedTuple):
+    "Numbers of each step, (rows, 1) in float64."
+    kl: Tensor # step KL in nats; NaN: not comparable
+    log_ratio: Tensor # r of eq. 7
+    log_zp: Tensor # log-normaliser of the policy's logits
+    log_zq: Tensor # log-normaliser of the reference's logits
+
+def finish_sums(top_p, top_q, zp, zq, m, s):
+    "Eq. 7 from the sums of all tiles."
+    y = (m + s) / zp
+    log_ratio = torch.where(y.abs() < 0.5, torch.log1p(y), (zq / zp).log())
+    kl = torch.where(y.abs() < 0.5, s / zp - (y - log_ratio), log_ratio - m / zp).clamp(min=0.)
+    log_zp, log_zq = top_p + zp.log(), top_q + zq.log()
+    comparable = log_zp.isfinite() & log_zq.isfinite()  # else NaN or +inf somewhere, or nothing but -inf
+    return StepStats(kl.masked_fill(~comparable, torch.nan), log_ratio, log_zp, log_zq)
+
+# %% ../nbs/01_steps.ipynb #f0492454
+def policy_grad(a, b, top_p, shift, by_delta, by_logit, by_one, out):
+    "Write p (by_delta δ + by_logit x + by_one) to `out`, with p unnormalised and x the logit below its maximum."
+    a, b = a.to(top_p.dtype), b.to(top_p.dtype)
+    x, delta = a - top_p, (a - b) - shift
+    plain = _largest(delta) < 1e30
+    if not plain: delta = delta.clamp(-1e30, 1e30)  # 0 * inf
+    weight = by_delta * delta + by_one if by_logit is None else by_delta * delta + by_logit * x + by_one
+    p = x.exp()
+    out.copy_(p * weight if plain else torch.where(p > 0, p * weight, 0.))
+
+def ref_grad(a, b, log_zp, log_zq, shift, log_ratio, by_kl, by_logprob, out):
+    "Write by_kl (q - p) - by_logprob q to `out`."
+    a, b = a.to(log_zp.dtype), b.to(log_zp.dtype)
+    p, q, d = (a - log_zp).exp(), (b - log_zq).exp(), (a - b) - shift + log_ratio
+    excess = torch.where(d.abs() < 0.5, p * torch.expm1(-d), q - p)  # eq. 9
+    out.copy_(torch.nan_to_num(by_kl * excess - by_logprob * q))
+
+# %% ../nbs/01_steps.ipynb #ee43bff9
+COMPILE_FROM = 2**24  # elements, ours: a call of 0.2 s in eager code on one core, so some 100 calls repay the compilation
+
+class Compilable:
+    "Calls `function`, through `torch.compile` when `large` and possible."
+    works = True # no compilation has failed yet, in this process
+
+    def __init__(self, function:Callable): self.function, self.compiled = function, None
+
+    def __call__(self, *args, large:bool):
+        if not large or not Compilable.works or torch.compiler.is_compiling(): return self.function(*args)
+        from torch._dynamo.exc import TorchDynamoException  # a slow import
+        if self.compiled is None: self.compiled = torch.compile(self.function, dynamic=True)
+        try: return self.compiled(*args)
+        except TorchDynamoException as error:  # no compiler, most often
+            Compilable.works = False
+            logging.getLogger(__name__).info("torch.compile does not work here, the eager functions are used: %s", error)
+            return self.function(*args)
+
+compilable_sums, compilable_policy_grad, compilable_ref_grad = (Compilable(o) for o in (tile_sums, policy_grad, ref_grad))
+
+def no_second_derivative(name:str)->None:
+    "Raise inside a backward pass that is to be differentiated again."
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"`{name}` has no second derivative; call `backward` or `torch.autograd.grad` without `create_graph`.")
+
+def chunk_rows(rows:int, vocab_size:int, large:bool, device:torch.device)->int:
+    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code (curves below)."
+    if torch.compiler.is_compiling(): return rows  # one loop, no temporaries
+    return max(1, (2**22 if large or device.type != "cpu" else 2**17) // vocab_size)
+
+# %% ../nbs/01_steps.ipynb #f930239a
 class _StepKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy_logits, ref_logits):
-        value = torch.cat([_row_kl(*rows) for rows in _row_chunks(policy_logits, ref_logits)]).view(policy_logits.shape[:-1])
-        ctx.save_for_backward(policy_logits, ref_logits, value)
-        return value
+        dtype = torch.promote_types(torch.promote_types(policy_logits.dtype, ref_logits.dtype), torch.float32)
+        large, parts = policy_logits.numel() >= COMPILE_FROM, []
+        for a, b in _row_chunks(large, policy_logits, ref_logits):
+            lowest = torch.full((len(a), 1), -torch.inf, dtype=dtype, device=a.device)
+            parts.append(compilable_sums(a, b, lowest, lowest, False, large=large))
+        tops_and_sums = [torch.cat(o).double() for o in zip(*parts)]
+        stats = finish_sums(*tops_and_sums)
+        ctx.save_for_backward(policy_logits, ref_logits, *tops_and_sums[:3], *stats)
+        ctx.dtype = dtype
+        return stats.kl.to(dtype).view(policy_logits.shape[:-1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        policy_logits, ref_logits, value = ctx.saved_tensors
+        no_second_derivative("step_kl")
+        policy_logits, ref_logits, top_p, top_q, zp, *stats = ctx.saved_tensors
+        kl, log_ratio, log_zp, log_zq = stats
+        large, finite = policy_logits.numel() >= COMPILE_FROM, kl.isfinite()
+        grad, kl = grad.reshape(-1, 1).double().masked_fill(~finite, 0.), kl.masked_fill(~finite, 0.)
+        top_p, log_zp, log_zq = (o.masked_fill(~finite, torch.inf) for o in (top_p, log_zp, log_zq))  # p = q = 0: no gradient
         grads = [torch.empty(o.shape, dtype=o.dtype, device=o.device) if needed else None
                  for o, needed in zip((policy_logits, ref_logits), ctx.needs_input_grad)]
-        size = _chunk_rows(policy_logits)
-        grad_p, grad_q = (() if o is None else o.view(-1, o.shape[-1]).split(size) for o in grads)
-        steps = zip(*(o.reshape(-1, 1).split(size) for o in (grad, value)))
-        for i, ((g, v), rows) in enumerate(zip(steps, _row_chunks(policy_logits, ref_logits))):
-            bad, logp, logq, d = _compare(*rows)
-            g, p = g.masked_fill(bad[:, None], 0.), logp.exp()
-            if grad_p: grad_p[i].copy_(g * p * (d - v.masked_fill(~v.isfinite(), 0.)))  # eq. 7
-            if grad_q: grad_q[i].copy_(g * (logq.exp() - p))  # eq. 8
+        columns = [o.to(ctx.dtype) for o in (top_p, (top_p - top_q).masked_fill(~finite, 0.), grad / zp, grad * (log_ratio - kl) / zp,
+                                             log_zp, log_zq, log_ratio, grad)]
+        for a, b, *rest in _row_chunks(large, policy_logits, ref_logits, *columns, *(o for o in grads if o is not None)):
+            top, shift, by_delta, by_one, log_p, log_q, ratio, g = rest[:8]
+            if grads[0] is not None: compilable_policy_grad(a, b, top, shift, by_delta, None, by_one, rest[8], large=large)
+            if grads[1] is not None: compilable_ref_grad(a, b, log_p, log_q, shift, ratio, g, 0., rest[-1], large=large)
         return tuple(grads)
 
-def _chunk_rows(logits: Tensor) -> int: return max(1, 2**18 // logits.shape[-1])  # 1 MB of float32: a core's cache
+def _row_chunks(large, logits, *others):
+    "Chunks of rows, (rows, ...), of all the tensors alike."
+    size = chunk_rows(logits.numel() // logits.shape[-1], logits.shape[-1], large, logits.device)
+    return zip(*(o.reshape(-1, o.shape[-1]).split(size) for o in (logits, *others)))
 
-def _row_chunks(policy_logits, ref_logits):
-    "Chunks of rows, (rows, V), in the common dtype, at least float32."
-    for rows in zip(*(o.reshape(-1, o.shape[-1]).split(_chunk_rows(o)) for o in (policy_logits, ref_logits))): yield _upcast(*rows)
-
-# %% ../nbs/01_steps.ipynb #d6f42cf6
-def _row_kl(policy_logits, ref_logits):
-    log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
-    d = (policy_logits - ref_logits) - (log_zp - log_zq)  # log p - log q
-    low, high = d.aminmax()
-    if policy_logits.dtype != torch.float32 or not (low > -30 and high < torch.inf): return _careful_row_kl(policy_logits, ref_logits)
-    x = -d.double()  # expm1(x) - x cancels for small x; float64 leaves enough digits for a float32 result
-    return ((policy_logits - log_zp).exp() * (torch.expm1(x) - x).float()).sum(-1).clamp(min=0.)  # eq. 5
-
-def _careful_row_kl(policy_logits, ref_logits):
-    bad, logp, logq, d = _compare(policy_logits, ref_logits)
-    p, q = logp.exp(), logq.exp()
-    terms = torch.where(d < -1, q - p + p * d, p * _expm1_minus(-d.clamp(min=-1)))  # eq. 5
-    value = torch.where(logp == -torch.inf, q, terms).sum(-1)  # eq. 6
-    infinite = ((p > 0) & (logq == -torch.inf)).any(-1)
-    return value.masked_fill(infinite, torch.inf).masked_fill(bad, torch.nan)
-
+# %% ../nbs/01_steps.ipynb #2e5f64e2
 def _compare(policy_logits, ref_logits):
     "Steps that cannot be compared, log p, log q, and d = log p - log q (0 where either excludes the token)."
     log_zp, log_zq = policy_logits.logsumexp(-1, True), ref_logits.logsumexp(-1, True)
-    d = (policy_logits - ref_logits) - (log_zp - log_zq)  # logits first: the difference of close floats is exact
+    d = (policy_logits - ref_logits) - (log_zp - log_zq)
     limit = torch.finfo(d.dtype).max / 4  # so that 0 * d is 0 for logits at the ends of the range
     if d.abs().amax(-1).lt(limit).all():  # every logit is finite: nothing to repair
         return torch.zeros(d.shape[:-1], dtype=torch.bool, device=d.device), policy_logits - log_zp, ref_logits - log_zq, d
@@ -164,7 +254,7 @@ def topk_tail(
                          f"`completion_ids`, {tuple(completion_ids.shape)}.")
     return (topk_ids != completion_ids[..., None]).all(-1)
 
-# %% ../nbs/01_steps.ipynb #3341dae2
+# %% ../nbs/01_steps.ipynb #3f898e9b
 def step_kl_from_topk(
     topk_ids:Tensor, # ids of the policy's k most likely tokens, (B, T, k)
     policy_topk_logprobs:Tensor, # their log-probabilities under the policy, (B, T, k)
@@ -173,7 +263,7 @@ def step_kl_from_topk(
     policy_logprobs:Tensor, # log-probability of each sampled token under the policy, (B, T)
     ref_logprobs:Tensor, # the same under the reference, (B, T)
 )->Tensor: # unbiased estimate of `step_kl`, (B, T)
-    """`step_kl_topk` from stored log-probabilities, as an inference server returns them (eq. 9).
+    """`step_kl_topk` from stored log-probabilities, as an inference server returns them (eq. 10).
 
     Differentiating it in the policy gives a **biased** gradient; `klrb.gradients.kl_surrogate` with `rb_topk` does not.
     """
@@ -191,14 +281,14 @@ def step_kl_from_topk(
     mass = logp.exp().sum(-1)
     return head + tail - (mass - mass.detach())  # the last term is 0, with the expected gradient of the tail's log p
 
-# %% ../nbs/01_steps.ipynb #d673d712
+# %% ../nbs/01_steps.ipynb #ee28f6e4
 def step_kl_topk(
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
     completion_ids:Tensor, # sampled tokens, (B, T)
     k:int, # number of tokens treated exactly, from 0 to V
 )->Tensor: # unbiased estimate of `step_kl`, (B, T)
-    """Exact over the policy's top k tokens, plus `k1` of the sampled token when it falls outside (eq. 9).
+    """Exact over the policy's top k tokens, plus `k1` of the sampled token when it falls outside (eq. 10).
 
     `k = V` is `step_kl` and `k = 0` is `k1`. A token id outside the vocabulary (padding such as -100) gives NaN.
     Differentiating it in the policy gives a **biased** gradient; `klrb.gradients.kl_surrogate` with `rb_topk` does not.
@@ -271,14 +361,14 @@ DIVERGENCES = {o.name: o for o in (
     FDivergence("squared_hellinger", lambda t, a: (t.sqrt() - 1)**2, lambda a: 1., lambda a: 1., "none", _hellinger_term),
 )}
 
-# %% ../nbs/01_steps.ipynb #cb5e9aab
+# %% ../nbs/01_steps.ipynb #fb67c662
 def step_divergence(
     name:str|FDivergence, # a key of `DIVERGENCES`, or a divergence of your own
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
     alpha:float=0.5, # order of the "alpha" divergence, ignored by the others
 )->Tensor: # divergence of the two next-token distributions at each prefix, (B, T)
-    """Exact f-divergence of policy and reference at every prefix (eq. 10), differentiable in both arguments.
+    """Exact f-divergence of policy and reference at every prefix (eq. 11), differentiable in both arguments.
 
     The sum over steps is the divergence of the sequences only for KL, see `FDivergence.chain_rule`.
     """

@@ -128,14 +128,32 @@ def test_the_end_of_text_step_is_kept_when_padding_is_end_of_text():
 
 # Bad input
 
-def test_a_reward_that_is_not_finite_stops_the_run_and_keeps_its_metrics(tmp_path):
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_reward_that_is_not_finite_stops_the_run_and_keeps_its_metrics(tmp_path, bad):
     calls = []
     def reward(completions, prompts, **kwargs):
         calls.append(1)
-        return [math.inf if len(calls) > 2 else 1.0 * i for i in range(len(completions))]
-    with pytest.raises(FloatingPointError, match="update 3; the metrics up to it are kept"):
+        return [bad if len(calls) > 2 and i == 5 else 1.0 * i for i in range(len(completions))]
+    with pytest.raises(FloatingPointError, match=f"`reward` is {bad} at update 3; the metrics before it are kept"):
         run(tmp_path/"run", 0, updates=5, reward=reward)
-    assert pd.read_csv(tmp_path/"run"/"metrics.csv").step.max() == 3
+    assert pd.read_csv(tmp_path/"run"/"metrics.csv").step.max() == 2
+
+
+def test_a_kl_that_is_not_finite_stops_the_run(tmp_path):
+    t = trainer(tmp_path)
+    t.model.train()
+    with torch.no_grad(): t.ref_model.transformer.ln_f.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="`ref_logprobs` is nan at update 1; the metrics before it are kept"):
+        t._generate_and_score_completions([dict(prompt=p) for p in PROMPTS["prompt"][:4] for _ in range(2)])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    compute = RBRLOOTrainer._compute_loss
+    def loss(self, *args): return compute(self, *args) * (math.nan if self.state.global_step == 1 else 1.)
+    monkeypatch.setattr(RBRLOOTrainer, "_compute_loss", loss)
+    with pytest.raises(FloatingPointError, match="`loss` is nan at update 2; the metrics before it are kept"): run(tmp_path/"run", 0)
+    metrics = pd.read_csv(tmp_path/"run"/"metrics.csv")
+    assert metrics[metrics.step == 1].value.notna().all()
 
 
 def test_models_of_different_vocabularies_are_refused(tmp_path):
