@@ -88,7 +88,7 @@ def _sweep(
             execution = Execution(workers, threads, scheduler, timeout, retries)
             sweep(notebook, profile, parse_grid(grid), seeds, out, execution, cache, dry_run=dry_run)
 
-# %% ../nbs/23_cli.ipynb #0042a297
+# %% ../nbs/23_cli.ipynb #24b305b8
 @sweeps.command("status")
 def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
     "Print what has become of every run."
@@ -116,7 +116,7 @@ def report(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
     "Tables and figures of a sweep from whatever is finished, marked as partial when runs are missing."
     with one_line_errors():
         from klrb.study import report
-        typer.echo(f"in {report(out)}")
+        with _sweep_endings(out): typer.echo(f"in {report(out)}")
 
 # %% ../nbs/23_cli.ipynb #ef128d3d
 @app.command()

@@ -199,7 +199,7 @@ def write_template(
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file(): write_atomic(path, template.text)
 
-# %% ../nbs/17_notebooks.ipynb #1cbcf068
+# %% ../nbs/17_notebooks.ipynb #69e5b29d
 _LAUNCH = """import ctypes, os, runpy
 if hasattr(ctypes.CDLL(None), "prctl"): ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() != int(os.environ["JPY_PARENT_PID"]): os._exit(1)  # died before the line above
@@ -213,7 +213,7 @@ class _Client(PapermillNotebookClient):
 
 class _Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, *, started, popen, **kwargs):
+    def execute_managed_notebook(cls, nb_man, kernel_name, *, popen, started=lambda process: None, **kwargs):
         client = _Client(nb_man, kernel_name=kernel_name, startup_timeout=120, log=logging.getLogger("klrb.kernel"))
         client.started = started  # called with the process of the kernel
         client.execute(**popen)

@@ -126,7 +126,7 @@ def known_costs(
     mean = lambda group: sum(groups[group]) / len(groups[group])
     return {run.key: mean(setting(run) if setting(run) in groups else run.notebook) for run in runs if run.notebook in groups}
 
-# %% ../nbs/20_study.ipynb #451dbb5b
+# %% ../nbs/20_study.ipynb #beb17241
 def run_all(
     runs: list[Run], # unfinished ones
     execution: Execution, # where, and how often
@@ -137,14 +137,15 @@ def run_all(
     costs, outcomes, session = costs or {}, {}, uuid.uuid4().hex[:8]
     with connect(execution, len(runs)) as (client, threads):
         def submit(run, attempt):
-            future = client.submit(execute, run, threads, execution.timeout, pure=False, priority=costs.get(run.key, 0),
+            future = client.submit(execute, run, threads, execution.timeout, pure=False, priority=-rank[run.key],
                                    key=f"{run.key}-{session}-{uuid.uuid4().hex[:8]}")
             waiting[future] = run, attempt
             return future
 
         from distributed import as_completed
-        waiting = {}
-        ready = as_completed([submit(run, 0) for run in sorted(runs, key=lambda o: -costs.get(o.key, 0))], loop=client.loop)
+        waiting, ordered = {}, sorted(runs, key=lambda run: -costs.get(run.key, 0))
+        rank = {run.key: i for i, run in enumerate(ordered)}
+        ready = as_completed([submit(run, 0) for run in ordered], loop=client.loop)
         with _Progress(runs, costs, client, execution, threads) as progress:
             try:
                 while waiting:
@@ -180,7 +181,7 @@ def _interrupt_all(client, waiting: dict) -> None:
         client.run(interrupt, [run.key for run in runs])  # again: a kernel that is starting ignores it
         time.sleep(0.5)
 
-# %% ../nbs/20_study.ipynb #99a6c2e0
+# %% ../nbs/20_study.ipynb #9253595f
 def last_update(
     folder: Path, # of a run
 ) -> int | None: # None before the first
@@ -195,7 +196,7 @@ def last_update(
 
 class _Progress:
     def __init__(self, runs, costs, client, execution, threads):
-        self.console, self.costs, self.client = Console(highlight=False), costs, client
+        self.console, self.costs, self.client = Console(highlight=False, force_jupyter=False), costs, client
         self.total, self.done, self.began, self.shown = len(runs), 0, time.monotonic(), 0.
         self.workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
         where = f"{self.workers} workers of {execution.scheduler}" if execution.scheduler else f"{self.workers} worker{'s' * (self.workers > 1)} here"
@@ -270,7 +271,7 @@ def status(
                          reason=attempts[-1]["reason"] if attempts and state == "failed" else "", parameters=entry["parameters"]))
     return rows
 
-# %% ../nbs/20_study.ipynb #18152174
+# %% ../nbs/20_study.ipynb #8cb3ec50
 def prepare(
     profile: Profile, # whose preparation
     notebook: Path, # prepare.ipynb
@@ -293,7 +294,7 @@ def prepare(
     return run.folder
 
 class SweepFailed(Exception):
-    """Some runs failed for good; the message is the summary."""
+    """Some notebooks failed for good; the message is the summary."""
 
 def _raise_for_failures(outcomes: dict[str, dict], total: int) -> None:
     failed = {key: found for key, found in outcomes.items() if found["state"] != "done"}
@@ -389,11 +390,11 @@ def retry(
         return Counter()
     return sweep(request["notebook"], request["profile"], request["grid"], request["seeds"], out, execution, request["cache"], only=failed)
 
-# %% ../nbs/20_study.ipynb #7b748b44
+# %% ../nbs/20_study.ipynb #66cf840a
 def report(
     out: str | Path, # folder of a sweep
 ) -> Path: # folder of the report
-    "Tables and figures of the finished runs. Raises `ValueError` when there are none, or when the preparation is damaged."
+    "Tables and figures of the finished runs. Raises `ValueError` when there are none or the preparation is damaged, `SweepFailed` if `pareto` fails."
     plan, rows, out = read_plan(out), status(out), Path(out).resolve()
     request, notebook = plan["request"], Path(plan["request"]["notebook"])
     rows = [row for row in rows if row["key"].startswith(f"{notebook.stem}/") and row["parameters"].get("profile") == request["profile"]]
@@ -403,7 +404,7 @@ def report(
         raise ValueError(f"the prepared files are damaged ({', '.join(names[:3])}); `klrb sweep` makes them again.")
     folder = out/"report"
     folder.mkdir(exist_ok=True)
-    _write_table(folder/"runs.csv", out, rows)
+    _write_table(folder/"sweep.csv", out, rows)
     pareto = notebook.with_name("pareto.ipynb")
     for start in sorted({row["parameters"].get("start") for row in done} - {None} if pareto.is_file() else ()):
         _render(pareto, folder, out/notebook.stem, request, [row for row in rows if row["parameters"]["start"] == start])
@@ -424,7 +425,10 @@ def _render(pareto: Path, folder: Path, runs_dir: Path, request: dict, rows: lis
     write_atomic(selection, json.dumps([row["key"].partition("/")[2] for row in rows if row["state"] == "done"]))
     parameters = dict(profile=request["profile"], runs_dir=str(runs_dir), prepare_dir=request["prepared"], selection=str(selection),
                       planned=len(rows), start=rows[0]["parameters"]["start"], out_dir=str(folder))
-    pm.execute_notebook(str(pareto), str(folder/"executed.ipynb"), parameters=parameters, cwd=str(folder), progress_bar=False, kernel_name="python3")
+    with (folder/"log.txt").open("wb") as log:
+        try: pm.execute_notebook(str(pareto), str(folder/"executed.ipynb"), parameters=parameters, progress_bar=False, kernel_name="python3",
+                                 engine_name="klrb", popen=dict(cwd=str(folder), stdout=log, stderr=log))
+        except pm.PapermillExecutionError as error: raise SweepFailed(f"{pareto.name}: {error.ename}: {error.evalue}") from None
 
 # %% ../nbs/20_study.ipynb #d1e68b51
 def run_study(

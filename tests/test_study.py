@@ -190,6 +190,34 @@ def test_thirty_kills(notebook, tmp_path, repetition):
         for name in ("metrics.csv", "result.json"): assert digest(folder/name) == digest(tmp_path/"out"/"curve"/folder.name/name)
 
 
+@pytest.mark.slow
+def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
+    """Two arms of the real experiment, workers killed while they train: curves and evaluations as without."""
+    rloo = Path(__file__).parents[1]/"nbs"/"experiments"/"rloo.ipynb"
+    options = ["--profile", "smoke", "--grid", "kl_estimator=mc,rb", "--grid", "updates=60", "--grid", "save_every=2", "--seeds", 1,
+               "--cache", tmp_path/"cache"]
+    finish(start(rloo, tmp_path/"calm", *options))
+    process, kills, killed_at = start(rloo, tmp_path/"out", *options), 4, {}
+    while kills and process.poll() is None:
+        time.sleep(1)
+        for folder in (tmp_path/"out"/"rloo").glob("*"):
+            update = study.last_update(folder) or 0
+            if update >= killed_at.get(folder, 0) + 10 and list(folder.glob("trainer/checkpoint-*")):
+                (kernel, *_) = [o for o in at_work_in(folder)]
+                kernel.parent().kill()
+                killed_at[folder], kills = update, kills - 1
+                break
+    finish(process)
+    assert kills == 0
+    for calm in (tmp_path/"calm"/"rloo").iterdir():
+        folder = tmp_path/"out"/"rloo"/calm.name
+        curves = [[row for row in csv.DictReader((o/"metrics.csv").open()) if row["metric"] != "seconds"] for o in (calm, folder)]
+        assert curves[0] == curves[1] and len({row["step"] for row in curves[0]}) == 60
+        results = [{k: v for k, v in json.loads((o/"result.json").read_text()).items() if "seconds" not in k} for o in (calm, folder)]
+        assert results[0] == results[1] and digest(calm/"evaluation.csv") == digest(folder/"evaluation.csv")
+        assert sorted(p.name for p in calm.iterdir()) == sorted(p.name for p in folder.iterdir())
+
+
 # Ctrl-C, two at once, failures: with real kernels and workers
 
 def test_ctrl_c_interrupts_the_kernels_and_keeps_their_metrics(notebook, tmp_path):
@@ -329,7 +357,7 @@ def test_another_preparation_is_another_run(prepared_notebook, tmp_path, no_kern
 
 def test_a_report_of_half_a_sweep(notebook, tmp_path, capsys, no_kernel):
     with pytest.raises(SweepFailed): sweep(notebook, grid=dict(mode=["work", "raise"]), seeds=2, out=tmp_path/"out")
-    rows = list(csv.DictReader((report(tmp_path/"out")/"runs.csv").open()))
+    rows = list(csv.DictReader((report(tmp_path/"out")/"sweep.csv").open()))
     assert "2 of 4 runs are finished: the report is partial" in capsys.readouterr().out
     assert [(o["mode"], o["state"], o["reward"] != "") for o in rows] == [("work", "done", True), ("raise", "failed", False)] * 2
 
