@@ -35,9 +35,9 @@ from .runs import (Run, code_digest, content_digest, digest, environment, locked
 
 # %% auto #0
 __all__ = ['Template', 'read_template', 'read_value', 'read_grid', 'parse_grid', 'profile_facts', 'make_runs', 'write_template',
-           'interrupt', 'execute']
+           'interrupt', 'execute', 'note_failure']
 
-# %% ../nbs/17_notebooks.ipynb #c7b16ff1
+# %% ../nbs/17_notebooks.ipynb #6c3876a6
 @dataclass(frozen=True)
 class Template:
     """An experiment notebook, its parameters, and the digest of what it executes."""
@@ -60,6 +60,8 @@ def read_template(
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"`{path.name}` is not a notebook ({type(error).__name__}: {str(error)[:60]}); give an .ipynb file of format 4.") from None
+    if (language := content["metadata"].get("kernelspec", {}).get("language", "python")) != "python":
+        raise ValueError(f"`{path.name}` is written in {language}; the runner starts Python kernels.")
     if len(tagged) != 1:
         raise ValueError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; without it papermill could not set any.")
     for cell in cells: cell.update(outputs=[], execution_count=None)
@@ -261,7 +263,7 @@ def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Cal
                         started=started, popen=popen)
     if not (run.folder/"result.json").is_file(): raise RuntimeError("the notebook ended without writing result.json")
 
-# %% ../nbs/17_notebooks.ipynb #d05f10fd
+# %% ../nbs/17_notebooks.ipynb #7822246b
 def execute(
     run: Run, # to execute
     threads: int | None = None, # torch threads; None: as the environment says
@@ -281,6 +283,14 @@ def execute(
             _record(run, found["state"], [*attempts, dict(found, host=socket.gethostname())])
             return found
     except OSError as error: return outcome("failed", f"{type(error).__name__}: {error}")  # the disk is full or gone
+
+def note_failure(
+    run: Run, # that ended without an outcome of its own, its worker being gone
+    found: dict, # what is known: state, reason, seconds
+) -> None:
+    "Put a failure into the record, unless somebody is at work on the run."
+    with locked(run.folder) as descriptor:
+        if descriptor is not None: _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])
 
 def _record(run: Run, state: str, attempts: list[dict]) -> None:
     write_atomic(run.folder/"run.json", json.dumps(dict(

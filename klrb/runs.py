@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 # %% auto #0
 __all__ = ['write_atomic', 'digest', 'text_digest', 'reached_modules', 'code_digest', 'environment', 'Run', 'manifest',
-           'read_record', 'damaged', 'content_digest', 'finished', 'locked']
+           'read_record', 'damaged', 'content_digest', 'finished', 'locked', 'is_locked']
 
 # %% ../nbs/16_runs.ipynb #5ab92479
 def write_atomic(
@@ -192,3 +192,11 @@ def locked(
     finally:
         (folder/".lock").unlink(missing_ok=True)
         lock.release()
+
+# %% ../nbs/16_runs.ipynb #9bb887ff
+def is_locked(
+    folder: Path, # of a run
+) -> bool: # whether somebody is at work in it
+    "Try the lock of a folder."
+    if not folder.is_dir(): return False
+    with locked(folder) as descriptor: return descriptor is None
