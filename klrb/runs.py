@@ -69,7 +69,7 @@ def text_digest(
     "Digest of a value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
-# %% ../nbs/16_runs.ipynb #1e56b00c
+# %% ../nbs/16_runs.ipynb #75556808
 _PACKAGE = Path(find_spec("klrb").submodule_search_locations[0])
 
 def reached_modules(
@@ -80,7 +80,8 @@ def reached_modules(
     while new:
         text = new.pop()
         names = re.findall(r"^\s*(?:from|import)\s+(?:klrb)?\.(\w+)", text, re.M)
-        names += [o for line in re.findall(r"^\s*from\s+(?:klrb|\.)\s+import\s+([\w, ]+)", text, re.M) for o in re.findall(r"\w+", line)]
+        several = re.findall(r"^\s*from\s+(?:klrb|\.)\s+import\s+([\w, ]+)", text, re.M)
+        names += [name for line in several for name in re.findall(r"\w+", line)]
         fresh = set(names) & known - found
         found |= fresh
         new += [(_PACKAGE/f"{name}.py").read_text() for name in sorted(fresh)]
@@ -92,20 +93,21 @@ def code_digest(
     "Digest of the modules of klrb that the notebook reaches, as they are on disk now."
     return text_digest({name: digest(_PACKAGE/f"{name}.py") for name in reached_modules(source)})
 
-# %% ../nbs/16_runs.ipynb #f061ddde
+# %% ../nbs/16_runs.ipynb #694af8b9
 def environment() -> dict[str, str | int | bool | None]: # versions, commit, machine
     "Where a run was made, for the record; none of it belongs to the identity."
     def git(*command):
         try: done = subprocess.run(["git", "-C", str(_PACKAGE), *command], capture_output=True, text=True)
         except FileNotFoundError: return None
         return done.stdout.strip() if done.returncode == 0 else None
-    ours = git("ls-files", "--error-unmatch", "runs.py") is not None  # not some other repository around a virtual environment
+    ours = git("ls-files", "--error-unmatch", "runs.py") is not None
     versions = {}
     for name in ("klrb", "torch", "trl", "transformers", "numpy", "papermill", "distributed"):
         try: versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError: versions[name] = None
     return dict(commit=git("rev-parse", "HEAD") if ours else None, dirty=bool(git("status", "--porcelain")) if ours else None,
-                python=platform.python_version(), system=platform.system(), machine=platform.machine(), cores=os.cpu_count(), **versions)
+                python=platform.python_version(), system=platform.system(), machine=platform.machine(), cores=os.cpu_count(),
+                **versions)
 
 # %% ../nbs/16_runs.ipynb #4d1100b9
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Run:
         "Holds everything the run writes."
         return self.root/self.key
 
-# %% ../nbs/16_runs.ipynb #9ae5f495
+# %% ../nbs/16_runs.ipynb #2e60e941
 _OWN = {"run.json", "log.txt", ".lock"}  # of the runner; written after the digests are taken
 _VOLATILE = {"result.json", "executed.ipynb", "params.json", "environment.json"}  # hold times and versions; nobody reads them on
 
@@ -166,6 +168,7 @@ def content_digest(
     "Digest of what later runs read from this one: every file except those that hold times and versions."
     return text_digest({k: v for k, v in read_record(folder)["files"].items() if k not in _VOLATILE})
 
+# %% ../nbs/16_runs.ipynb #3502f6db
 @property
 def finished(self: Run) -> bool:
     "Whether the folder holds the undamaged result of this very run."

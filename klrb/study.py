@@ -37,7 +37,7 @@ from .runs import Run, damaged, is_locked, locked, read_record, write_atomic
 __all__ = ['Execution', 'share_cores', 'connect', 'check_workers', 'known_costs', 'run_all', 'last_update', 'read_plan', 'status',
            'prepare', 'SweepFailed', 'sweep', 'retry', 'report', 'run_study', 'study_grid']
 
-# %% ../nbs/20_study.ipynb #bce2216b
+# %% ../nbs/20_study.ipynb #a03579b2
 @dataclass(frozen=True)
 class Execution:
     """Where runs are executed, and what happens when one fails. Raises `ValueError` for settings that cannot work."""
@@ -64,12 +64,12 @@ def share_cores(
 ) -> tuple[int, int]: # workers, and torch threads of each
     "Divide the cores. Raises `ValueError` when more than there are would be used."
     if (execution.workers or 1) * (execution.threads or 1) > cores:
-        raise ValueError(f"{execution.workers or 1} `workers` with {execution.threads or 1} `threads` each need more than the {cores} cores here; "
-                         "lower one of them, or leave one out.")
+        raise ValueError(f"{execution.workers or 1} `workers` with {execution.threads or 1} `threads` each need more than the {cores} "
+                         "cores here; lower one of them, or leave one out.")
     workers = execution.workers or max(1, min(runs, cores // (execution.threads or 1)))
     return workers, execution.threads or max(1, cores // workers)
 
-# %% ../nbs/20_study.ipynb #cc33fd33
+# %% ../nbs/20_study.ipynb #cca982a8
 @contextmanager
 def connect(
     execution: Execution, # local, or the address of a scheduler
@@ -78,44 +78,50 @@ def connect(
     "Dask workers, of this machine or of a running scheduler. Raises `OSError` when there is no scheduler at the address."
     import dask
     from dask.system import CPU_COUNT
-    from distributed import Client, LocalCluster, WorkerPlugin
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is expected; what it means for a run is reported by us
+    from distributed import Client
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is expected; its run is rescheduled
     if execution.scheduler:
-        try: client = Client(execution.scheduler, timeout=5, set_as_default=False)
+        try: client = Client(execution.scheduler, timeout=_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
             raise OSError(f"`scheduler` is {execution.scheduler!r}, and nothing answers there ({type(error).__name__}); "
                           "start one with `dask scheduler`, or leave it out.") from None
         with client: yield client, execution.threads
         return
-
-    class IgnoreInterrupt(WorkerPlugin):
-        def setup(self, worker):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # or kernels would inherit the block
-
     workers, threads = share_cores(execution, runs, CPU_COUNT)
     settings = {"distributed.scheduler.allowed-failures": 10, "distributed.scheduler.worker-saturation": 1.0}
     resource_tracker.ensure_running()  # or it starts with the first worker, and unblocks the signal
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until all have started; they inherit the block
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with dask.config.set(settings), _start_workers(LocalCluster, workers) as local, Client(local, set_as_default=False) as client:
-            client.register_plugin(IgnoreInterrupt())
+        with dask.config.set(settings), _local_workers(workers) as local, Client(local, set_as_default=False) as client:
+            client.register_plugin(_ignore_interrupt())
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             yield client, threads
     finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-def _start_workers(LocalCluster, workers: int):
+_CONNECT = 5  # seconds for a scheduler to answer
+
+# %% ../nbs/20_study.ipynb #e052fee5
+def _local_workers(workers: int):
+    from distributed import LocalCluster
     for _ in range(3):
         try: return LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=None,
                                  silence_logs=logging.CRITICAL)
-        except RuntimeError: pass  # a worker was killed while it started; later ones Dask replaces itself
+        except RuntimeError: pass  # those killed later Dask replaces itself
     raise RuntimeError("the workers do not start; in a script, call `sweep` below `if __name__ == \"__main__\":`.")
 
-# %% ../nbs/20_study.ipynb #4f51ca31
+def _ignore_interrupt():
+    from distributed import WorkerPlugin
+    class IgnoreInterrupt(WorkerPlugin):
+        def setup(self, worker):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # or kernels would inherit the block
+    return IgnoreInterrupt()
+
+# %% ../nbs/20_study.ipynb #95bdf10c
 def check_workers(
     execution: Execution, # to be used
 ) -> None:
-    "Raise what `connect` would, before anything is written."
+    "Raise what `connect` would: `ValueError` for too many workers, `OSError` for a scheduler that does not answer."
     from dask.system import CPU_COUNT
     if not execution.scheduler: share_cores(execution, 1, CPU_COUNT)
     else:
@@ -136,7 +142,46 @@ def known_costs(
     mean = lambda group: sum(groups[group]) / len(groups[group])
     return {run.key: mean(setting(run) if setting(run) in groups else run.notebook) for run in runs if run.notebook in groups}
 
-# %% ../nbs/20_study.ipynb #8b4bbce2
+# %% ../nbs/20_study.ipynb #c707c90e
+class _Queue:
+    def __init__(self, client, runs, costs, threads, timeout):
+        self.client, self.threads, self.timeout, self.waiting = client, threads, timeout, {}
+        ordered = sorted(runs, key=lambda run: -costs.get(run.key, 0))
+        self.rank = {run.key: i for i, run in enumerate(ordered)}
+        from distributed import as_completed
+        self.ready = as_completed(loop=client.loop)
+        for run in ordered: self.submit(run)
+
+    def submit(self, run, attempt=0, last=False):
+        future = self.client.submit(execute, run, self.threads, self.timeout, pure=False, key=f"{run.key}-{uuid.uuid4().hex[:8]}",
+                                    priority=-self.rank[run.key] - last * len(self.rank))
+        self.waiting[future] = run, attempt
+        self.ready.add(future)
+
+    def ended(self) -> Iterator[tuple[Run, int, dict]]:
+        for future in self.ready.next_batch(block=False): yield *(o := self.waiting.pop(future)), _outcome(future, o[0])
+
+    def interrupt(self):
+        at_work = {key for keys in self.client.processing().values() for key in keys}
+        runs = [run for future, (run, _) in self.waiting.items() if future.key in at_work]
+        self.client.cancel(list(self.waiting))  # those that have not begun
+        until = time.monotonic() + 15  # for the kernels to write what they have
+        while time.monotonic() < until and any(is_locked(run.folder) for run in runs):
+            self.client.run(interrupt, [run.key for run in runs])  # again: a kernel that is starting ignores it
+            time.sleep(0.5)
+
+def _outcome(future, run: Run) -> dict:
+    from distributed import KilledWorker
+    if future.status == "cancelled":
+        raise ConnectionError("the Dask scheduler was lost; finished runs are kept: run the same command again.")
+    try: return future.result()
+    except KilledWorker: reason = "its workers were killed, again and again"
+    except Exception as error: reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    found = dict(state="failed", reason=reason, seconds=0.)
+    note_failure(run, found)
+    return found
+
+# %% ../nbs/20_study.ipynb #020c47ab
 def run_all(
     runs: list[Run], # unfinished ones
     execution: Execution, # where, and how often
@@ -144,57 +189,27 @@ def run_all(
 ) -> dict[str, dict]: # outcome of `execute` by `Run.key`
     "Execute runs until each is done or has failed for good. On Ctrl-C interrupts their kernels, then raises `KeyboardInterrupt`."
     if not runs: return {}
-    costs, outcomes, session = costs or {}, {}, uuid.uuid4().hex[:8]
-    with connect(execution, len(runs)) as (client, threads):
-        def submit(run, attempt, last=False):
-            future = client.submit(execute, run, threads, execution.timeout, pure=False, priority=-rank[run.key] - last * len(runs),
-                                   key=f"{run.key}-{session}-{uuid.uuid4().hex[:8]}")
-            waiting[future] = run, attempt
-            return future
-
-        from distributed import as_completed
-        waiting, ordered = {}, sorted(runs, key=lambda run: -costs.get(run.key, 0))
-        rank = {run.key: i for i, run in enumerate(ordered)}
-        ready = as_completed([submit(run, 0) for run in ordered], loop=client.loop)
-        with _Progress(runs, costs, client, execution, threads) as progress:
-            try:
-                while waiting:
-                    for future in ready.next_batch(block=False):
-                        run, attempt = waiting.pop(future)
-                        found = _outcome(future, run)
-                        if found["state"] == "busy": ready.add(submit(run, attempt, last=True))
-                        elif found["state"] == "failed" and attempt < execution.retries:
-                            progress.say(run, dict(found, state="failed, tried again"))
-                            ready.add(submit(run, attempt + 1))
-                        else:
-                            outcomes[run.key] = found
-                            progress.say(run, found, done=True)
-                    progress.refresh({future.key: run for future, (run, _) in waiting.items()})
-                    time.sleep(0.1)
-            except KeyboardInterrupt:
-                _interrupt_all(client, waiting)
-                raise
+    costs, outcomes = costs or {}, {}
+    with connect(execution, len(runs)) as (client, threads), _Progress(runs, costs, client, execution, threads) as progress:
+        queue = _Queue(client, runs, costs, threads, execution.timeout)
+        try:
+            while queue.waiting:
+                for run, attempt, found in queue.ended():
+                    if found["state"] == "busy": queue.submit(run, attempt, last=True)
+                    elif found["state"] == "failed" and attempt < execution.retries:
+                        progress.say(run, dict(found, state="failed, tried again"))
+                        queue.submit(run, attempt + 1)
+                    else:
+                        outcomes[run.key] = found
+                        progress.say(run, found, done=True)
+                progress.refresh({future.key: run for future, (run, _) in queue.waiting.items()})
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            queue.interrupt()
+            raise
     return outcomes
 
-def _outcome(future, run: Run) -> dict:
-    from distributed import KilledWorker
-    if future.status == "cancelled": raise ConnectionError("the Dask scheduler was lost; finished runs are kept: run the same command again.")
-    try: return future.result()
-    except KilledWorker: found = dict(state="failed", reason="its workers were killed, again and again", seconds=0.)
-    except Exception as error: found = dict(state="failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0]}", seconds=0.)
-    note_failure(run, found)
-    return found
-
-def _interrupt_all(client, waiting: dict) -> None:
-    at_work = {key for keys in client.processing().values() for key in keys}
-    runs = [run for future, (run, _) in waiting.items() if future.key in at_work]
-    client.cancel(list(waiting))  # those that have not begun
-    until = time.monotonic() + 15  # for the kernels to write what they have
-    while time.monotonic() < until and any(is_locked(run.folder) for run in runs):
-        client.run(interrupt, [run.key for run in runs])  # again: a kernel that is starting ignores it
-        time.sleep(0.5)
-
-# %% ../nbs/20_study.ipynb #907fb3d1
+# %% ../nbs/20_study.ipynb #406a869d
 def last_update(
     folder: Path, # of a run
 ) -> int | None: # None before the first
@@ -207,15 +222,16 @@ def last_update(
         return int(lines[-1].split(",")[header.index("step")])
     except (OSError, ValueError, IndexError): return None
 
+# %% ../nbs/20_study.ipynb #9759408a
 class _Progress:
     def __init__(self, runs, costs, client, execution, threads):
         terminal = sys.stdout.isatty() and os.isatty(1)  # a notebook says yes to the first only
         self.console, self.costs, self.client = Console(highlight=False, force_jupyter=False, force_terminal=terminal), costs, client
         self.total, self.done, self.began, self.shown = len(runs), 0, time.monotonic(), 0.
         self.workers = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-        where = f"{self.workers} workers of {execution.scheduler}" if execution.scheduler else f"{self.workers} worker{'s' * (self.workers > 1)} here"
-        self.console.print(f"{self.total} run{'s' * (self.total > 1)} on {where}, "
-                           f"{'torch threads as the environment says' if threads is None else f'{threads} torch thread{chr(115) * (threads > 1)} each'}")
+        where = f"{self.workers} worker{'s' * (self.workers > 1)} {f'of {execution.scheduler}' if execution.scheduler else 'here'}"
+        each = "torch threads as the environment says" if threads is None else f"{threads} torch thread{'s' * (threads > 1)} each"
+        self.console.print(f"{self.total} run{'s' * (self.total > 1)} on {where}, {each}")
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
 
     def __enter__(self):
@@ -227,22 +243,23 @@ class _Progress:
 
     def say(self, run, found, done=False):
         self.done += done
-        self.console.print(f"[{self.done}/{self.total}] {run.name}: {found['state']}" + (f", {found['reason']}" if found["reason"] else "")
-                           + f", {found['seconds']:.0f} s", markup=False, soft_wrap=True)
+        reason = f", {found['reason']}" if found["reason"] else ""
+        self.console.print(f"[{self.done}/{self.total}] {run.name}: {found['state']}{reason}, {found['seconds']:.0f} s", markup=False,
+                           soft_wrap=True)
 
     def refresh(self, waiting):
         if not self.live or time.monotonic() < self.shown + 1: return
         self.shown = time.monotonic()
-        processing = {worker: next((waiting[key] for key in keys if key in waiting), None) for worker, keys in self.client.processing().items()}
-        lines = [f"  worker {i}: " + (f"{run.name}, update {last_update(run.folder) or 0}" if run else "idle")
-                 for i, run in enumerate(processing.values())]
+        at_work = [next((waiting[key] for key in keys if key in waiting), None) for keys in self.client.processing().values()]
+        lines = [f"  worker {i}: " + (f"{run.name}, update {last_update(run.folder) or 0}" if run else "idle") for i, run in enumerate(at_work)]
         left = self.total - self.done
-        pace = sum(self.costs.get(run.key, 0) for run in waiting.values()) / max(1, len(processing)) if self.costs else \
+        pace = sum(self.costs.get(run.key, 0) for run in waiting.values()) / max(1, len(at_work)) if self.costs else \
             (self.shown - self.began) * left / self.done if self.done else None
         expected = "" if pace is None else f", about {timedelta(seconds=round(pace))} left"
-        self.live.update(Group(ProgressBar(self.total, self.done, width=60), f"{self.done} of {self.total} runs{expected}", *lines), refresh=True)
+        bar = ProgressBar(self.total, self.done, width=60)
+        self.live.update(Group(bar, f"{self.done} of {self.total} runs{expected}", *lines), refresh=True)
 
-# %% ../nbs/20_study.ipynb #c3083583
+# %% ../nbs/20_study.ipynb #a8e3a65f
 def read_plan(
     out: str | Path, # folder of a sweep
 ) -> dict: # request, and runs by key
@@ -252,8 +269,10 @@ def read_plan(
         plan = json.loads(path.read_text())
         if not (isinstance(plan["runs"], dict) and isinstance(plan["request"], dict)): raise KeyError("runs")
         return plan
-    except (FileNotFoundError, NotADirectoryError): raise ValueError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.") from None
-    except (json.JSONDecodeError, KeyError, TypeError): raise ValueError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.") from None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.") from None
 
 def _write_plan(out: Path, request: dict, runs: list[Run]) -> None:
     with locked(out, timeout=60) as descriptor:
@@ -265,6 +284,7 @@ def _write_plan(out: Path, request: dict, runs: list[Run]) -> None:
         kept = {key: entry for key, entry in known.items() if cell(key, entry) not in cells}
         write_atomic(out/"sweep.json", json.dumps(dict(request=request, runs=kept | new), indent=1))
 
+# %% ../nbs/20_study.ipynb #ae2514b6
 def status(
     out: str | Path, # folder of a sweep
 ) -> list[dict]: # per run: key, state, update, seconds, reason, parameters
@@ -284,7 +304,7 @@ def status(
                          reason=attempts[-1]["reason"] if attempts and state == "failed" else "", parameters=entry["parameters"]))
     return rows
 
-# %% ../nbs/20_study.ipynb #8cb3ec50
+# %% ../nbs/20_study.ipynb #b82b8921
 def prepare(
     profile: Profile, # whose preparation
     notebook: Path, # prepare.ipynb
@@ -306,6 +326,7 @@ def prepare(
         _raise_for_failures(run_all([run], execution), 1)
     return run.folder
 
+# %% ../nbs/20_study.ipynb #8ef08741
 class SweepFailed(Exception):
     """Some notebooks failed for good; the message is the summary."""
 
@@ -316,7 +337,7 @@ def _raise_for_failures(outcomes: dict[str, dict], total: int) -> None:
         raise SweepFailed(f"{len(failed)} of {total} runs failed; the others are finished.\n" + "\n".join(lines[:20])
                           + f"\n  … and {len(lines) - 20} more" * (len(lines) > 20))
 
-# %% ../nbs/20_study.ipynb #8dbb483b
+# %% ../nbs/20_study.ipynb #ccc7806e
 def sweep(
     notebook: str | Path, # experiment with a cell tagged `parameters`
     profile: str | None = None, # name in `klrb.profiles`; None: the notebook's default, if it has one
@@ -360,9 +381,11 @@ def _finish(runs: list[Run], execution: Execution) -> Counter:
     _raise_for_failures(outcomes, len(runs))
     return Counter(done=len(runs))
 
+# %% ../nbs/20_study.ipynb #9996ccb2
 @contextmanager
 def _folder(out: str | Path, dry_run: bool) -> Iterator[Path]:
-    if re.match(r"[a-z0-9+]{2,}:/", str(out)): raise ValueError(f"`out` is {str(out)!r}; give a folder that all workers see: locks need a file system.")
+    if re.match(r"[a-z0-9+]{2,}:/", str(out)):
+        raise ValueError(f"`out` is {str(out)!r}; give a folder that all workers see: locks need a file system.")
     out = Path(out).resolve()
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
@@ -377,7 +400,7 @@ def _folder(out: str | Path, dry_run: bool) -> Iterator[Path]:
             except OSError: break
         raise
 
-# %% ../nbs/20_study.ipynb #67dfb203
+# %% ../nbs/20_study.ipynb #cfea33f3
 def _describe(runs: list[Run], execution: Execution) -> Counter:
     from dask.system import CPU_COUNT
     todo, costs = [run for run in runs if not run.finished], known_costs(runs)
@@ -387,10 +410,12 @@ def _describe(runs: list[Run], execution: Execution) -> Counter:
     if todo and costs:
         workers = None if execution.scheduler else share_cores(execution, len(todo), CPU_COUNT)[0]
         total = sum(costs[run.key] for run in todo)
-        print(f"about {timedelta(seconds=round(total))} of work" + (f", {timedelta(seconds=round(total/workers))} on {workers} workers" if workers else ""))
+        on_them = f", {timedelta(seconds=round(total/workers))} on {workers} workers" if workers else ""
+        print(f"about {timedelta(seconds=round(total))} of work{on_them}")
     elif todo: print("no run has finished yet: the cost is not known")
     return Counter(done=len(runs) - len(todo), pending=len(todo))
 
+# %% ../nbs/20_study.ipynb #764d0da5
 def retry(
     out: str | Path, # folder of a sweep
     execution: Execution = Execution(), # where, and how often
@@ -401,16 +426,21 @@ def retry(
     if not failed:
         print("no run has failed")
         return Counter()
-    return sweep(request["notebook"], request["profile"], request["grid"], request["seeds"], out, execution, request["cache"], only=failed)
+    return sweep(request["notebook"], request["profile"], request["grid"], request["seeds"], out, execution, request["cache"],
+                 only=failed)
 
-# %% ../nbs/20_study.ipynb #66cf840a
+# %% ../nbs/20_study.ipynb #e1f5e1cb
 def report(
     out: str | Path, # folder of a sweep
 ) -> Path: # folder of the report
-    "Tables and figures of the finished runs. Raises `ValueError` when there are none or the preparation is damaged, `SweepFailed` if `pareto` fails."
+    """Tables and figures of the finished runs.
+
+    Raises `ValueError` when there are none or the preparation is damaged, `SweepFailed` when a notebook fails.
+    """
     plan, rows, out = read_plan(out), status(out), Path(out).resolve()
     request, notebook = plan["request"], Path(plan["request"]["notebook"])
-    rows = [row for row in rows if row["key"].startswith(f"{notebook.stem}/") and row["parameters"].get("profile") == request["profile"]]
+    mine = lambda row: row["key"].startswith(f"{notebook.stem}/") and row["parameters"].get("profile") == request["profile"]
+    rows = [row for row in rows if mine(row)]
     done = [row for row in rows if row["state"] == "done"]
     if not done: raise ValueError(f"`{out}` has no finished run of {notebook.stem}; run `klrb sweep` first.")
     if request["prepared"] and (names := damaged(Path(request["prepared"]))):
@@ -424,10 +454,11 @@ def report(
     print(f"{len(done)} of {len(rows)} runs are finished" + ("" if len(done) == len(rows) else ": the report is partial"))
     return folder
 
+# %% ../nbs/20_study.ipynb #3d0d8baa
 def _write_table(path: Path, out: Path, rows: list[dict]) -> None:
     results = [json.loads((out/row["key"]/"result.json").read_text()) if row["state"] == "done" else {} for row in rows]
-    results = [{k: v for k, v in o.items() if not isinstance(v, (dict, list))} if isinstance(o, dict) else dict(result=o) for o in results]
-    table = [dict(row["parameters"], **{k: v for k, v in row.items() if k != "parameters"}) | o for row, o in zip(rows, results)]
+    flat = lambda o: {k: v for k, v in o.items() if not isinstance(v, (dict, list))} if isinstance(o, dict) else dict(result=o)
+    table = [row["parameters"] | {k: v for k, v in row.items() if k != "parameters"} | flat(o) for row, o in zip(rows, results)]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
         writer.writeheader()
@@ -436,14 +467,14 @@ def _write_table(path: Path, out: Path, rows: list[dict]) -> None:
 def _render(pareto: Path, folder: Path, runs_dir: Path, request: dict, rows: list[dict]) -> None:
     selection = folder/"selection.json"
     write_atomic(selection, json.dumps([row["key"].partition("/")[2] for row in rows if row["state"] == "done"]))
-    parameters = dict(profile=request["profile"], runs_dir=str(runs_dir), prepare_dir=request["prepared"], selection=str(selection),
-                      planned=len(rows), start=rows[0]["parameters"]["start"], out_dir=str(folder))
+    parameters = dict(profile=request["profile"], runs_dir=str(runs_dir), prepare_dir=request["prepared"], planned=len(rows),
+                      selection=str(selection), start=rows[0]["parameters"]["start"], out_dir=str(folder))
     with (folder/"log.txt").open("wb") as log:
-        try: pm.execute_notebook(str(pareto), str(folder/"executed.ipynb"), parameters=parameters, progress_bar=False, kernel_name="python3",
-                                 engine_name="klrb", popen=dict(cwd=str(folder), stdout=log, stderr=log))
+        try: pm.execute_notebook(str(pareto), str(folder/"executed.ipynb"), parameters=parameters, progress_bar=False,
+                                 kernel_name="python3", engine_name="klrb", popen=dict(cwd=str(folder), stdout=log, stderr=log))
         except pm.PapermillExecutionError as error: raise SweepFailed(f"{pareto.name}: {error.ename}: {error.evalue}") from None
 
-# %% ../nbs/20_study.ipynb #d1e68b51
+# %% ../nbs/20_study.ipynb #1fa50167
 def run_study(
     profile: Profile, # from `get_profile`, with its grid
     out: str | Path, # folder of the study; finished runs in it are kept
@@ -462,7 +493,8 @@ def run_study(
         check_workers(execution)
         prepared = prepare(profile, notebooks/"prepare.ipynb", Path(cache or out/"cache"), execution)
         lap("prepare")
-        variance, rloo = (make_runs(templates[name], o, out, profile, prepared) for name, o in (("variance", [{}]), ("rloo", cells)))
+        variance = make_runs(templates["variance"], [{}], out, profile, prepared)
+        rloo = make_runs(templates["rloo"], cells, out, profile, prepared)
         request = dict(notebook=str((notebooks/"rloo.ipynb").resolve()), profile=profile.name, grid=grid, seeds=profile.seeds,
                        cache=cache and str(Path(cache).resolve()), prepared=str(prepared))
         for name, runs in (("variance", variance), ("rloo", rloo)): write_template(templates[name], runs)
@@ -471,12 +503,17 @@ def run_study(
     lap("variance and rloo")
     report(out)
     lap("report")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # Linux: kB; the largest single process
-    print("\n".join(f"{name:18}{value:7.0f} s" for name, value in {**seconds, "total": sum(seconds.values())}.items()))
-    print(f"largest process    {peak:7.2f} GB\nfigures and tables are in {out/'report'} and {variance[0].folder}", flush=True)
-    write_atomic(out/"stages.json", json.dumps(dict(seconds=seconds, peak_gb=peak), indent=1))
+    _write_stages(out, seconds)
+    print(f"figures and tables are in {out/'report'} and {variance[0].folder}", flush=True)
     return seconds
 
+def _write_stages(out: Path, seconds: dict[str, float]) -> None:
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # Linux: kB; the largest single process
+    print("\n".join(f"{name:18}{value:7.0f} s" for name, value in {**seconds, "total": sum(seconds.values())}.items()))
+    print(f"largest process    {peak:7.2f} GB")
+    write_atomic(out/"stages.json", json.dumps(dict(seconds=seconds, peak_gb=peak), indent=1))
+
+# %% ../nbs/20_study.ipynb #9b7e9aab
 def study_grid(
     profile: Profile, # from `get_profile`
     start: str = "reference", # policy that RLOO starts from

@@ -141,53 +141,62 @@ def at_work_in(folder):
 
 # Killed at random moments
 
-def torment(notebook, out, kills, seed, options, longest):
-    """Kill the sweep or one of its workers until `kills` are done, then let it finish. Returns what was killed, and the
-    time stamps of results that were seen finished before the last kill."""
-    rng, killed, seen = random.Random(seed), [], {}
+def torment(notebook, out, blows, options):
+    """A sweep that receives `blows`, each a time to wait for and what to kill, started anew whenever it has ended. Returns
+    what was killed, and the time stamps of results that were seen finished before the last blow."""
+    killed, seen = [], {}
     process = start(notebook, out, *options)
-    while len(killed) < kills:
-        time.sleep(rng.uniform(0.3, longest))
+    for delay, target in blows:
+        time.sleep(delay)
         for folder in out.glob("curve/*"):
             if read_record(folder).get("state") == "done": seen.setdefault(folder.name, (folder/"result.json").stat().st_mtime_ns)
+        if process.poll() is not None: process = start(notebook, out, *options)  # had finished: a finished sweep is killed, too
         workers = [o for o in descendants(process) if "spawn_main" in " ".join(o.cmdline())]
-        if process.poll() is not None: process = start(notebook, out, *options)  # it had finished: killing goes on in a finished sweep
-        elif workers and rng.random() < 0.6:
-            rng.choice(workers).kill()
-            killed.append("worker")
+        if target == "worker" and workers: workers[len(killed) % len(workers)].kill()
         else:
+            target = "sweep"
             process.kill()
             process.communicate()
-            killed.append("sweep")
             process = start(notebook, out, *options)
+        killed.append(target)
     finish(process)
     return killed, seen
 
 
-def check_torment(notebook, out, kills, seed, seeds, betas, updates, pause, longest):
-    options = ["--grid", f"beta={','.join(map(str, betas))}", "--grid", f"updates={updates}", "--grid", f"pause={pause}", "--seeds", seeds]
-    killed, seen = torment(notebook, out, kills, seed, options, longest)
+def check_torment(notebook, out, blows, seeds, betas, updates, pause):
+    grid = dict(beta=",".join(map(str, betas)), updates=updates, pause=pause)
+    options = [o for item in grid.items() for o in ("--grid", "=".join(map(str, item)))] + ["--seeds", seeds]
+    killed, seen = torment(notebook, out, blows, options)
     stamps = check_finished(out, seeds, betas, updates)
-    assert len(killed) == kills
     for name, stamp in seen.items(): assert (out/"curve"/name/"result.json").stat().st_mtime_ns == stamp, "a finished run was made again"
     assert len(stamps) == seeds * len(betas) and not at_work_in(out)
     return killed
 
 
 def test_a_sweep_that_is_killed_finishes_as_if_nothing_had_happened(notebook, tmp_path):
-    check_torment(notebook, tmp_path/"out", kills=3, seed=0, seeds=2, betas=[0.1, 0.5], updates=8, pause=0.1, longest=4)
+    check_torment(notebook, tmp_path/"out", [(4, "worker"), (2, "sweep")], seeds=2, betas=[0.1, 0.5], updates=8, pause=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("repetition", range(3))
 def test_thirty_kills(notebook, tmp_path, repetition):
-    options = ["--grid", "beta=0.1,0.5,0.9", "--grid", "updates=20", "--grid", "pause=0.15", "--seeds", 4]
-    finish(start(notebook, tmp_path/"calm", *options))
-    check_finished(tmp_path/"calm", 4, [0.1, 0.5, 0.9], 20)
-    killed = check_torment(notebook, tmp_path/"out", kills=30, seed=repetition, seeds=4, betas=[0.1, 0.5, 0.9], updates=20, pause=0.15, longest=5)
-    assert {"worker", "sweep"} == set(killed)
+    """Twelve runs, killed at thirty random moments. The tally goes to outputs/published/sweep/crash.csv."""
+    began, rng = time.perf_counter(), random.Random(repetition)
+    grid = dict(seeds=4, betas=[0.1, 0.5, 0.9], updates=20, pause=0.15)
+    check_torment(notebook, tmp_path/"calm", [], **grid)
+    blows = [(rng.uniform(0.3, 5), rng.choice(["worker", "sweep"])) for _ in range(30)]
+    killed = check_torment(notebook, tmp_path/"out", blows, **grid)
+    attempts = [len(read_record(folder)["attempts"]) for folder in (tmp_path/"out"/"curve").iterdir()]
     for folder in (tmp_path/"calm"/"curve").iterdir():
         for name in ("metrics.csv", "result.json"): assert digest(folder/name) == digest(tmp_path/"out"/"curve"/folder.name/name)
+    path = Path(__file__).parents[1]/"outputs"/"published"/"sweep"/"crash.csv"
+    rows = [row for row in csv.DictReader(path.open()) if row["repetition"] != str(repetition)] if path.is_file() else []
+    rows.append(dict(repetition=repetition, runs=len(attempts), sweeps_killed=killed.count("sweep"), workers_killed=killed.count("worker"),
+                     identical_runs=len(attempts), failed_attempts=sum(attempts) - len(attempts), seconds=round(time.perf_counter() - began)))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: int(row["repetition"])))
 
 
 @pytest.mark.slow
@@ -436,6 +445,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options(notebook, tmp_path, case, monkeypatch):
     options, message = BAD_OPTIONS[case]
+    monkeypatch.setattr(study, "_CONNECT", 0.5)
     before = sorted(tmp_path.rglob("*"))
     output = refused("sweep", notebook, "--out", tmp_path/"deep"/"out", *options)
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
