@@ -32,7 +32,7 @@ def one_line_errors() -> Iterator[None]:
         typer.echo(f"klrb: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(2)
 
-# %% ../nbs/23_cli.ipynb #e9165744
+# %% ../nbs/23_cli.ipynb #2c7d4551
 class _RunByDefault(TyperGroup):
     def parse_args(self, ctx, args):
         if not args or args[0] not in self.commands: args = ["run", *(args or ["--help"])]
@@ -47,7 +47,7 @@ def _sweep_endings(out: Path) -> Iterator[None]:
     with one_line_errors():
         try: yield
         except SweepFailed as error:
-            typer.echo(f"klrb: {error}\n`klrb sweep retry {out}` tries them again.", err=True)
+            typer.echo(f"klrb: {error}\nThe same command tries them again.", err=True)
             raise typer.Exit(1)
         except KeyboardInterrupt:
             from klrb.study import status

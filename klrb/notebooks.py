@@ -37,7 +37,7 @@ from .runs import (Run, code_digest, content_digest, digest, environment, locked
 __all__ = ['Template', 'read_template', 'read_value', 'read_grid', 'parse_grid', 'profile_facts', 'make_runs', 'write_template',
            'interrupt', 'execute', 'note_failure']
 
-# %% ../nbs/17_notebooks.ipynb #5374b34d
+# %% ../nbs/17_notebooks.ipynb #9fc5f473
 @dataclass(frozen=True)
 class Template:
     """An experiment notebook, its parameters, and the digest of what it executes."""
@@ -66,7 +66,9 @@ def read_template(
         raise ValueError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; without it papermill could not set any.")
     for cell in cells: cell.update(outputs=[], execution_count=None)
     found = pm.inspect_notebook(str(path))
-    known = {name: (_type_of(o), ast.literal_eval(o["default"])) for name, o in found.items()}
+    try: known = {name: (_type_of(o), ast.literal_eval(o["default"])) for name, o in found.items()}
+    except (ValueError, SyntaxError):
+        raise ValueError(f"`{path.name}` has a default that is no literal; give numbers, strings, True or False.") from None
     if "out_dir" not in known: raise ValueError(f"`{path.name}` has no parameter `out_dir`; the runner could not tell it where to write.")
     return Template(path, json.dumps(content), known, "\n".join(sources))
 
@@ -321,11 +323,13 @@ def _start(run: Run) -> None:
     write_atomic(run.folder/"params.json", json.dumps(run.parameters, indent=1))
     write_atomic(run.folder/"environment.json", json.dumps(environment(), indent=1))
 
-# %% ../nbs/17_notebooks.ipynb #3e89f930
+# %% ../nbs/17_notebooks.ipynb #3e738112
 def note_failure(
     run: Run, # that ended without an outcome of its own, its worker being gone
     found: dict, # what is known: state, reason, seconds
 ) -> None:
     "Put a failure into the record, unless somebody is at work on the run."
-    with locked(run.folder) as descriptor:
-        if descriptor is not None: _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])
+    with suppress(OSError):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        with locked(run.folder) as descriptor:
+            if descriptor is not None: _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])

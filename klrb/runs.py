@@ -196,10 +196,12 @@ def locked(
         (folder/".lock").unlink(missing_ok=True)
         lock.release()
 
-# %% ../nbs/16_runs.ipynb #9bb887ff
+# %% ../nbs/16_runs.ipynb #eebdbfe9
 def is_locked(
     folder: Path, # of a run
 ) -> bool: # whether somebody is at work in it
     "Try the lock of a folder."
     if not folder.is_dir(): return False
-    with locked(folder) as descriptor: return descriptor is None
+    try:
+        with locked(folder) as descriptor: return descriptor is None
+    except PermissionError: return True  # somebody else's folder: its record is believed
