@@ -32,10 +32,11 @@ def one_line_errors() -> Iterator[None]:
         typer.echo(f"klrb: {' '.join(str(error).split()) or type(error).__name__}", err=True)
         raise typer.Exit(2)
 
-# %% ../nbs/23_cli.ipynb #2c7d4551
+# %% ../nbs/23_cli.ipynb #7a8d69f0
 class _RunByDefault(TyperGroup):
     def parse_args(self, ctx, args):
-        if not args or args[0] not in self.commands: args = ["run", *(args or ["--help"])]
+        if not args and not ctx.resilient_parsing: args = ["--help"]  # empty while a shell completes: it lists the commands
+        if args and args[0] not in self.commands: args = ["run", *args]
         return super().parse_args(ctx, args)
 
 sweeps = typer.Typer(cls=_RunByDefault, help="Run a grid of notebooks, look at it, retry what failed.", rich_markup_mode=None)

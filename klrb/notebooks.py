@@ -171,7 +171,7 @@ def profile_facts(
     settings = {k: v for k, v in asdict(profile).items() if k not in _GRID}
     return dict(profile=settings, read={key: digest(path) for key, path in paths.items() if path is not None})
 
-# %% ../nbs/17_notebooks.ipynb #72480abd
+# %% ../nbs/17_notebooks.ipynb #6ec15543
 def make_runs(
     template: Template, # the notebook
     cells: list[dict], # what varies, from `read_grid`
@@ -180,10 +180,10 @@ def make_runs(
     prepared: Path | None = None, # finished preparation, for a notebook that has `prepare_dir`
 ) -> list[Run]:
     "A run for every cell of the grid. Raises `ValueError` when the notebook does not know the profile."
-    facts = dict(notebook=text_digest(template.source), code=code_digest(template.source), **profile_facts(profile))
-    if prepared is not None: facts["prepared"] = content_digest(prepared)
     defaults = {name: default for name, (_, default) in template.known.items() if not name.endswith("_dir")}
     if profile is not None: defaults["profile"] = read_value(template, "profile", profile.name)
+    facts = dict(notebook=text_digest(template.source), code=code_digest(template.source), **profile_facts(profile))
+    if prepared is not None: facts["prepared"] = content_digest(prepared)
     folders = dict(prepare_dir=str(prepared.resolve())) if prepared is not None else {}
     copy = root.resolve()/"notebooks"/f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
     named = {path.name[-12:]: path.name[:-13] for path in (root/template.path.stem).glob("*-????????????")}  # by earlier sweeps

@@ -430,6 +430,7 @@ BAD_OPTIONS = {
     "seeds and seed": (["--seeds", "2", "--grid", "seed=1,2"], "use one of them"),
     "folder in the grid": (["--grid", "out_dir=a,b"], "set by the runner"),
     "profile without a parameter": (["--profile", "pocket"], "no parameter 'profile'"),
+    "paper without a parameter": (["--profile", "paper"], "no parameter 'profile'"),
     "unknown profile": (["--profile", "poket"], "known profiles are smoke"),
     "no workers": (["--workers", "0"], "`workers` is 0"),
     "no threads": (["--threads", "0"], "`threads` is 0"),
