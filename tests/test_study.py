@@ -206,6 +206,8 @@ def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
     options = ["--profile", "smoke", "--grid", "kl_estimator=mc,rb", "--grid", "updates=60", "--grid", "save_every=2", "--seeds", 1,
                "--cache", tmp_path/"cache"]
     finish(start(rloo, tmp_path/"calm", *options))
+    kinds = {p.suffix for p in (tmp_path/"cache"/"prepare").rglob("*") if p.is_file()}
+    assert kinds <= {".safetensors", ".json", ".csv", ".parquet", ".ipynb", ".txt"}  # nothing that is unpickled
     process, kills, killed_at = start(rloo, tmp_path/"out", *options), 4, {}
     while kills and process.poll() is None:
         time.sleep(1)
@@ -254,11 +256,11 @@ def test_two_sweeps_share_the_runs_of_one_folder(notebook, tmp_path):
 
 
 def test_a_failing_run_stops_no_other_and_says_why(notebook, tmp_path):
-    """On the workers of a scheduler of its own, as on a cluster."""
+    """On a scheduler of its own, as on a cluster, whose worker runs two notebooks at a time."""
     from distributed import LocalCluster
     out = tmp_path/"out"
     grid = dict(mode=["work", "raise", "die", "full", "silent"])
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster:
         with pytest.raises(SweepFailed, match="4 of 5 runs failed"):
             sweep(notebook, grid=grid, out=out, execution=Execution(scheduler=cluster.scheduler_address, retries=0))
     rows = {row["parameters"]["mode"]: row for row in status(out)}
