@@ -76,7 +76,9 @@ def _type_of(parameter: dict) -> str:
     given = parameter["inferred_type_name"]
     return given if given in ("int", "float", "str", "bool") else type(ast.literal_eval(parameter["default"])).__name__
 
-# %% ../nbs/17_notebooks.ipynb #0b5bde09
+# %% ../nbs/17_notebooks.ipynb #ca491ea7
+_FOLDERS = {"out_dir", "prepare_dir"}
+
 def read_value(
     template: Template, # the notebook
     name: str, # of a parameter
@@ -85,7 +87,7 @@ def read_value(
     "Check a parameter's name and value. Raises `ValueError` naming both and what is known."
     if name not in template.known:
         raise ValueError(f"`{template.path.name}` has no parameter '{name}'; it has {', '.join(template.known)}.")
-    if name.endswith("_dir"): raise ValueError(f"`{name}` is set by the runner; leave it out of the grid.")
+    if name in _FOLDERS: raise ValueError(f"`{name}` is set by the runner; leave it out of the grid.")
     kind = template.known[name][0]
     wrong = ValueError(f"`{name}` is {value!r}, but `{template.path.name}` wants {kind}.")
     if kind == "str":
@@ -171,7 +173,7 @@ def profile_facts(
     settings = {k: v for k, v in asdict(profile).items() if k not in _GRID}
     return dict(profile=settings, read={key: digest(path) for key, path in paths.items() if path is not None})
 
-# %% ../nbs/17_notebooks.ipynb #6ec15543
+# %% ../nbs/17_notebooks.ipynb #312709e0
 def make_runs(
     template: Template, # the notebook
     cells: list[dict], # what varies, from `read_grid`
@@ -180,7 +182,7 @@ def make_runs(
     prepared: Path | None = None, # finished preparation, for a notebook that has `prepare_dir`
 ) -> list[Run]:
     "A run for every cell of the grid. Raises `ValueError` when the notebook does not know the profile."
-    defaults = {name: default for name, (_, default) in template.known.items() if not name.endswith("_dir")}
+    defaults = {name: default for name, (_, default) in template.known.items() if name not in _FOLDERS}
     if profile is not None: defaults["profile"] = read_value(template, "profile", profile.name)
     facts = dict(notebook=text_digest(template.source), code=code_digest(template.source), **profile_facts(profile))
     if prepared is not None: facts["prepared"] = content_digest(prepared)

@@ -69,7 +69,7 @@ def text_digest(
     "Digest of a value."
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
-# %% ../nbs/16_runs.ipynb #75556808
+# %% ../nbs/16_runs.ipynb #9ca4fd2a
 _PACKAGE = Path(find_spec("klrb").submodule_search_locations[0])
 
 def reached_modules(
@@ -80,7 +80,7 @@ def reached_modules(
     while new:
         text = new.pop()
         names = re.findall(r"^\s*(?:from|import)\s+(?:klrb)?\.(\w+)", text, re.M)
-        several = re.findall(r"^\s*from\s+(?:klrb|\.)\s+import\s+([\w, ]+)", text, re.M)
+        several = re.findall(r"^\s*from\s+(?:klrb|\.)\s+import\s+\(?([\w,\s]+)", text, re.M)  # may catch more than is imported
         names += [name for line in several for name in re.findall(r"\w+", line)]
         fresh = set(names) & known - found
         found |= fresh
@@ -109,7 +109,7 @@ def environment() -> dict[str, str | int | bool | None]: # versions, commit, mac
                 python=platform.python_version(), system=platform.system(), machine=platform.machine(), cores=os.cpu_count(),
                 **versions)
 
-# %% ../nbs/16_runs.ipynb #4d1100b9
+# %% ../nbs/16_runs.ipynb #8782f6de
 @dataclass(frozen=True)
 class Run:
     """One execution of an experiment notebook, and where its record is kept."""
@@ -118,7 +118,7 @@ class Run:
     root: Path  # folder of the sweep, or of the cache
     name: str  # readable, from what the grid varies
     parameters: dict = field(hash=False)  # all of them, except folders
-    folders: dict = field(default_factory=dict, hash=False)  # parameters that name a folder to read
+    folders: dict = field(default_factory=dict, hash=False)  # `prepare_dir`, if the notebook reads a preparation
     facts: dict = field(default_factory=dict, hash=False)  # digests of the notebook, of what it reads, of the code; settings
 
     @property
