@@ -199,7 +199,7 @@ def _name(cell: dict, varied: set[str]) -> str:
     items = sorted(((k, v) for k, v in cell.items() if k in varied), key=lambda o: (o[0] == "seed", not isinstance(o[1], str)))
     return re.sub(r"[^\w.+-]", "_", "-".join(v if isinstance(v, str) else f"{k}{short(v)}" for k, v in items))[:80]
 
-# %% ../nbs/17_notebooks.ipynb #fd71af05
+# %% ../nbs/17_notebooks.ipynb #062f8b9f
 def write_template(
     template: Template, # to copy
     runs: list[Run], # made from it
@@ -207,7 +207,8 @@ def write_template(
     "Put the copy where workers find it."
     path = runs[0].notebook
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.is_file(): write_atomic(path, template.text)
+    with locked(path.parent, timeout=60):  # two sweeps may start at once
+        if not path.is_file(): write_atomic(path, template.text)
 
 # %% ../nbs/17_notebooks.ipynb #69e5b29d
 _LAUNCH = """import ctypes, os, runpy

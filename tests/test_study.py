@@ -393,7 +393,7 @@ def test_a_finished_sweep_of_100_runs_is_seen_to_be_finished(notebook, tmp_path,
     began = time.perf_counter()
     output = finish(start(notebook, tmp_path/"out", "--grid", f"beta={','.join(str(b / 10) for b in range(10))}", "--seeds", 10))
     assert output == "100 of 100 runs are finished already\n"
-    assert time.perf_counter() - began < 6  # the target is 3 s on an idle machine; twice that is an error
+    assert time.perf_counter() - began < 9  # the target is 3 s on an idle machine; three times that is an error on any
 
 
 def test_cores_are_never_oversubscribed():
