@@ -100,7 +100,7 @@ def _add_tile(tops, sums, new_tops, new_sums):
     moved = rho_p * zp, rho_q * zq, rho_p * (m + a * zp), rho_q * s + (rho_q - rho_p) * m + e2 * zp, rho_p * (e + (top_p - new_p) * zp)
     return new_tops, [old + new for old, new in zip(moved, new_sums)]
 
-# %% ../nbs/04_fused.ipynb #19b025d4
+# %% ../nbs/04_fused.ipynb #9c0ae21f
 TILE_ROWS, TILE_SIZE = 1024, 2**20 # tokens, and elements, of a tile: ours, from the curve below
 
 def _tiles(rows, vocab_size):
@@ -109,10 +109,15 @@ def _tiles(rows, vocab_size):
     columns = cuts(vocab_size, max(1, TILE_SIZE // max(1, min(rows, TILE_ROWS))))
     return [(o, columns) for o in cuts(rows, TILE_ROWS)]
 
-def _logits(hidden, weight, bias, scales, columns, dtype):
+def _buffer(rows, tiles, like):
+    "Memory of the largest tile, to use for all: fresh memory would cost more than what is written to it."
+    return torch.empty((rows.stop - rows.start) * (tiles[0].stop - tiles[0].start), dtype=like.dtype, device=like.device)
+
+def _logits(buffer, hidden, weight, bias, scales, columns):
     "Logits of one tile, and the derivative of the logits by the head's product, a number or a tile."
     scale, softcap, temperature = scales
-    logits, slope = hidden.to(dtype) @ weight[columns].to(dtype).T, scale / temperature
+    weight, slope = weight[columns].to(buffer.dtype), scale / temperature
+    logits = torch.mm(hidden.to(buffer.dtype), weight.T, out=buffer[:len(hidden) * len(weight)].view(len(hidden), len(weight)))
     if bias is not None: logits += bias[columns]
     if scale != 1: logits *= scale
     if softcap is not None:
@@ -120,56 +125,38 @@ def _logits(hidden, weight, bias, scales, columns, dtype):
         logits, slope = softcap * bent, slope * (1 - bent * bent)
     return logits if temperature == 1 else logits.div_(temperature), slope
 
-# %% ../nbs/04_fused.ipynb #7ae7108e
-class _LinearStepKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, ids, vocab_size, scales):
-        dtype = torch.promote_types(torch.promote_types(policy_hidden.dtype, ref_hidden.dtype), torch.float32)
-        models = (policy_hidden, policy_weight, policy_bias), (ref_hidden, ref_weight, ref_bias)
-        parts = [torch.empty(0, 1, dtype=torch.float64, device=ids.device).expand(9, 0, 1)]  # so that no step at all works
-        large = len(ids) * vocab_size >= COMPILE_FROM
-        with torch.autocast(ids.device.type, enabled=False):
-            for rows, tiles in _tiles(len(ids), vocab_size):
-                y = ids[rows, None]
-                tops = [torch.full(y.shape, torch.finfo(dtype).min / 4, dtype=torch.float64, device=ids.device)] * 2
-                sums, picked = [torch.zeros_like(tops[0])] * 5, torch.zeros(2, *y.shape, dtype=dtype, device=ids.device)
-                for columns in tiles:
-                    a, b = (_logits(h[rows], w, c, o, columns, dtype)[0] for (h, w, c), o in zip(models, scales))
-                    new = [o.double() for o in compilable_sums(a, b, *(o.to(dtype) for o in tops), True, large=large)]
-                    tops, sums = _add_tile(tops, sums, new[:2], new[2:])
-                    here, local = _inside(y, columns)
-                    picked = torch.where(here, torch.stack([o.gather(1, local) for o in (a, b)]), picked)
-                parts.append(torch.stack([*tops, *sums, *picked]))
-        *tops_and_sums, e, picked_p, picked_q = torch.cat(parts, 1)
-        stats = finish_sums(*tops_and_sums)
-        entropy = tops_and_sums[2].log() - e / tops_and_sums[2]
-        ctx.save_for_backward(*models[0], *models[1], ids, *tops_and_sums[:3], *stats, entropy)
-        ctx.vocab_size, ctx.scales, ctx.dtype = vocab_size, scales, dtype
-        return tuple(o[:, 0].to(dtype) for o in (stats.kl, picked_p - stats.log_zp, picked_q - stats.log_zq, entropy))
+# %% ../nbs/04_fused.ipynb #0a06c639
+def _inside(y, columns):
+    "Whether each step's token is in the tile, and its column there, or 0."
+    here = (y >= columns.start) & (y < columns.stop)
+    return here, torch.where(here, y - columns.start, 0)
 
-    @staticmethod
-    def backward(ctx, *grads):
-        no_second_derivative("linear_step_kl")
-        inputs, (ids, top_p, top_q, zp, *stats, entropy) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        stats, wanted = StepStats(*stats), ctx.needs_input_grad
-        out = [torch.zeros(o.shape, dtype=ctx.dtype, device=o.device) if needed else None for o, needed in zip(inputs, wanted)]
-        weights = _row_weights(ctx.dtype, top_p, top_q, zp, stats, entropy, *(o[:, None].double() for o in grads))
-        large = len(ids) * ctx.vocab_size >= COMPILE_FROM
-        with torch.autocast(ids.device.type, enabled=False):
-            for rows, tiles in _tiles(len(ids), ctx.vocab_size):
-                row_weights = [o[rows] for o in weights]
-                for columns in tiles:
-                    (a, a_slope), (b, b_slope) = (_logits(h[rows], w, c, o, columns, ctx.dtype) for (h, w, c), o in zip((inputs[:3], inputs[3:]), ctx.scales))
-                    grad, (here, local) = torch.empty_like(a), _inside(ids[rows, None], columns)
-                    top, shift, by_delta, by_logit, by_one, log_zp, log_zq, ratio, g_kl, g_p, g_q = row_weights
-                    if any(wanted[:3]):
-                        compilable_policy_grad(a, b, top, shift, by_delta, by_logit, by_one, grad, large=large)
-                        _spread(out[:3], grad.scatter_add_(1, local, g_p * here), a_slope, inputs[0], inputs[1], rows, columns)
-                    if any(wanted[3:6]):
-                        compilable_ref_grad(a, b, log_zp, log_zq, shift, ratio, g_kl, g_q, grad, large=large)
-                        _spread(out[3:], grad.scatter_add_(1, local, g_q * here), b_slope, inputs[3], inputs[4], rows, columns)
-        return *(None if o is None else o.to(i.dtype) for o, i in zip(out, inputs)), None, None, None
+def _forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_weight, ref_bias, ids, vocab_size, scales):
+    dtype = torch.promote_types(torch.promote_types(policy_hidden.dtype, ref_hidden.dtype), torch.float32)
+    models = (policy_hidden, policy_weight, policy_bias), (ref_hidden, ref_weight, ref_bias)
+    parts = [torch.empty(0, 1, dtype=torch.float64, device=ids.device).expand(9, 0, 1)]  # so that no step at all works
+    large = len(ids) * vocab_size >= COMPILE_FROM
+    with torch.autocast(ids.device.type, enabled=False):
+        for rows, tiles in _tiles(len(ids), vocab_size):
+            y = ids[rows, None]
+            tops = [torch.full(y.shape, torch.finfo(dtype).min / 4, dtype=torch.float64, device=ids.device)] * 2
+            sums, picked = [torch.zeros_like(tops[0])] * 5, torch.zeros(2, *y.shape, dtype=dtype, device=ids.device)
+            buffers = [_buffer(rows, tiles, picked) for _ in models]
+            for columns in tiles:
+                a, b = (_logits(m, h[rows], w, c, o, columns)[0] for m, (h, w, c), o in zip(buffers, models, scales))
+                new = [o.double() for o in compilable_sums(a, b, *(o.to(dtype) for o in tops), True, large=large)]
+                tops, sums = _add_tile(tops, sums, new[:2], new[2:])
+                here, local = _inside(y, columns)
+                picked = torch.where(here, torch.stack([o.gather(1, local) for o in (a, b)]), picked)
+            parts.append(torch.stack([*tops, *sums, *picked]))
+    *tops_and_sums, e, picked_p, picked_q = torch.cat(parts, 1)
+    stats = finish_sums(*tops_and_sums)
+    entropy = tops_and_sums[2].log() - e / tops_and_sums[2]
+    ctx.save_for_backward(*models[0], *models[1], ids, *tops_and_sums[:3], *stats, entropy)
+    ctx.vocab_size, ctx.scales, ctx.dtype = vocab_size, scales, dtype
+    return tuple(o[:, 0].to(dtype) for o in (stats.kl, picked_p - stats.log_zp, picked_q - stats.log_zq, entropy))
 
+# %% ../nbs/04_fused.ipynb #db081e5c
 def _row_weights(dtype, top_p, top_q, zp, stats, entropy, g_kl, g_p, g_q, g_h):
     "Eq. 2 as weights of δ, of the logit and of 1 for each step, and what the tiles need besides."
     finite = stats.kl.isfinite()
@@ -177,14 +164,37 @@ def _row_weights(dtype, top_p, top_q, zp, stats, entropy, g_kl, g_p, g_q, g_h):
     by_one = g_kl * (ratio - kl) - g_p - g_h * (entropy - zp.log())
     return [o.to(dtype) for o in (top_p, top_p - top_q, g_kl / zp, -g_h / zp, by_one / zp, stats.log_zp, stats.log_zq, ratio, g_kl, g_p, g_q)]
 
-def _inside(y, columns):
-    "Whether each step's token is in the tile, and its column there, or 0."
-    here = (y >= columns.start) & (y < columns.stop)
-    return here, torch.where(here, y - columns.start, 0)
-
 def _spread(out, grad, slope, hidden, weight, rows, columns):
     "Add a tile's share to the gradients of hidden states, weight and bias."
     if not isinstance(slope, float) or slope != 1: grad *= slope
     if out[0] is not None: out[0][rows].addmm_(grad, weight[columns].to(grad.dtype))
     if out[1] is not None: out[1][columns].addmm_(grad.T, hidden[rows].to(grad.dtype))
     if out[2] is not None: out[2][columns] += grad.sum(0)
+
+# %% ../nbs/04_fused.ipynb #a6d791c6
+def _backward(ctx, *grads):
+    no_second_derivative("linear_step_kl")
+    inputs, (ids, top_p, top_q, zp, *stats, entropy) = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    stats, wanted = StepStats(*stats), ctx.needs_input_grad
+    out = [torch.zeros(o.shape, dtype=ctx.dtype, device=o.device) if needed else None for o, needed in zip(inputs, wanted)]
+    weights = _row_weights(ctx.dtype, top_p, top_q, zp, stats, entropy, *(o[:, None].double() for o in grads))
+    large = len(ids) * ctx.vocab_size >= COMPILE_FROM
+    with torch.autocast(ids.device.type, enabled=False):
+        for rows, tiles in _tiles(len(ids), ctx.vocab_size):
+            row_weights = [o[rows] for o in weights]
+            *buffers, spare = (_buffer(rows, tiles, weights[0]) for _ in range(3))
+            for columns in tiles:
+                (a, a_slope), (b, b_slope) = (_logits(m, h[rows], w, c, o, columns) for m, (h, w, c), o in
+                                              zip(buffers, (inputs[:3], inputs[3:]), ctx.scales))
+                grad, (here, local) = spare[:a.numel()].view_as(a), _inside(ids[rows, None], columns)
+                top, shift, by_delta, by_logit, by_one, log_zp, log_zq, ratio, g_kl, g_p, g_q = row_weights
+                if any(wanted[:3]):
+                    compilable_policy_grad(a, b, top, shift, by_delta, by_logit, by_one, grad, large=large)
+                    _spread(out[:3], grad.scatter_add_(1, local, g_p * here), a_slope, inputs[0], inputs[1], rows, columns)
+                if any(wanted[3:6]):
+                    compilable_ref_grad(a, b, log_zp, log_zq, shift, ratio, g_kl, g_q, grad, large=large)
+                    _spread(out[3:], grad.scatter_add_(1, local, g_q * here), b_slope, inputs[3], inputs[4], rows, columns)
+    return *(None if o is None else o.to(i.dtype) for o, i in zip(out, inputs)), None, None, None
+
+class _LinearStepKL(torch.autograd.Function):
+    forward, backward = staticmethod(_forward), staticmethod(_backward)

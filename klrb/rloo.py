@@ -219,7 +219,7 @@ class _ResumeOrder(TrainerCallback):
 
 RBRLOOTrainer._get_train_sampler = _get_train_sampler
 
-# %% ../nbs/15_rloo.ipynb #9a6e8bab
+# %% ../nbs/15_rloo.ipynb #ce5ee6c6
 def rloo_config(
     profile: Profile, # learning rate, batch, lengths
     out_dir: str | Path, # for the trainer's own files
@@ -237,12 +237,13 @@ def rloo_config(
         per_device_train_batch_size=profile.batch_size, num_generations=profile.num_generations,
         num_iterations=profile.num_iterations, epsilon=profile.epsilon, temperature=profile.temperature, top_k=0, top_p=1.0,
         max_completion_length=profile.max_completion_length, logging_steps=1, logging_nan_inf_filter=False, report_to=[],
-        save_strategy="steps" if save_every else "no", save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
+        save_strategy="steps" if save_every else "no",
+        save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
         disable_tqdm=True, bf16=torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
     )
 
-# %% ../nbs/15_rloo.ipynb #6686bfe2
+# %% ../nbs/15_rloo.ipynb #7842373c
 _LOGGED = {"reward": ("reward", "log-odds"), "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
            "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"), "entropy": ("entropy", "nats/token"),
            "clip_ratio/region_mean": ("clip_ratio", "share"), "grad_norm": ("grad_norm", "1"),
@@ -261,7 +262,8 @@ class MetricsCSV(TrainerCallback):
         if state.global_step:  # resumed: keep what the checkpoint knows of
             with self.path.open(newline="") as file: rows = [row for row in csv.reader(file) if len(row) == len(header)]
             kept = [row for row in rows if row[-4].isdigit() and int(row[-4]) <= state.global_step]
-        with (part := self.path.with_name(self.path.name + ".part")).open("w", newline="") as file: csv.writer(file).writerows([header, *kept])
+        part = self.path.with_name(self.path.name + ".part")
+        with part.open("w", newline="") as file: csv.writer(file).writerows([header, *kept])
         os.replace(part, self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -273,10 +275,10 @@ class MetricsCSV(TrainerCallback):
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows([*self.tags.values(), state.global_step, name, f"{value:.6g}", unit] for name, value, unit in rows)
 
-# %% ../nbs/15_rloo.ipynb #3a8175f4
+# %% ../nbs/15_rloo.ipynb #1a11adda
 def _run_hash(config, policy, reference, prompts, tags) -> str:
     settings = {k: v for k, v in config.to_dict().items() if k != "output_dir" and not k.startswith("save_")}
-    digest = hashlib.sha256(json.dumps([settings, tags, prompts["prompt"]], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([settings, tags, list(prompts["prompt"])], sort_keys=True, default=str).encode())
     for model in (policy, reference):
         for name, tensor in model.state_dict().items() if model is not None else ():
             digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -304,12 +306,12 @@ class _Checkpoints(TrainerCallback):
         if not state.is_world_process_zero: return
         new = Path(args.output_dir)/f"checkpoint-{state.global_step}"
         (new/"complete.part").write_text(json.dumps(dict(run=self.run)))
-        for file in new.iterdir():  # on the disk before the name says so
+        for file in filter(Path.is_file, new.rglob("*")):  # on the disk before the name says so
             with file.open("rb") as opened: os.fsync(opened.fileno())
         os.replace(new/"complete.part", new/"complete.json")
         _newest_checkpoint(args.output_dir, self.run)
 
-# %% ../nbs/15_rloo.ipynb #4f22245c
+# %% ../nbs/15_rloo.ipynb #9b5a676c
 @torch.no_grad()
 def evaluate_policy(
     policy: PreTrainedModel, # to judge
@@ -325,7 +327,7 @@ def evaluate_policy(
     policy.eval()
     per_batch = max(1, batch_size // profile.eval_completions)
     frames = []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):  # few batches do not repay a compilation
         torch.manual_seed(seed)
         for start in range(0, len(prompts), per_batch):
             part = prompts[start:start + per_batch]

@@ -96,7 +96,7 @@ def step_kl(
     if not policy_logits.numel(): return _upcast(policy_logits + ref_logits)[0].sum(-1)  # no step at all
     return _StepKL.apply(policy_logits, ref_logits)
 
-# %% ../nbs/01_steps.ipynb #036858a3
+# %% ../nbs/01_steps.ipynb #edeacc3e
 def tile_sums(a, b, top_p, top_q, with_entropy):
     "Maxima, then sums over the tile of p, q, -p δ, p e2(-δ) and, if wanted, p log p; all unnormalised, (rows, 1) each (eq. 7)."
     a, b = a.to(top_p.dtype), b.to(top_p.dtype)
@@ -105,17 +105,19 @@ def tile_sums(a, b, top_p, top_q, with_entropy):
     p, q = x.exp(), (b - top_q).exp()
     largest = _largest(delta)
     weigh = lambda o: p * o if largest < torch.inf else torch.where(p > 0, p * o, 0.)
-    terms, p_delta = p * _e2_near(-delta), weigh(delta)
-    if not largest < 0.5: terms = torch.where(delta.abs() < 0.5, terms, q - p + p_delta)  # eq. 6
-    sums = [p, q, -p_delta, terms] + ([weigh(x)] if with_entropy else [])
-    return top_p, top_q, *(o.sum(-1, True) for o in sums)
+    p_delta = weigh(delta)
+    if largest < 0.5: terms = p * _e2_near(delta)
+    elif largest < 80 and p.dtype == torch.float32: terms = p * (torch.expm1(-delta.double()) + delta).float()  # float64 keeps enough digits
+    else: terms = torch.where(delta.abs() < 0.5, p * _e2_near(delta), q - p + p_delta)  # eq. 6
+    zp, zq, m, s = (o.sum(-1, True) for o in (p, q, p_delta, terms))
+    return top_p, top_q, zp, zq, -m, s, *([weigh(x).sum(-1, True)] if with_entropy else [])
 
-def _e2_near(x):
-    "e2(x) for |x| <= 1/2 from its series, with as many terms as the rounding can see."
-    terms = 16 if x.dtype == torch.float64 else 8
-    series = x / math.factorial(terms) + 1 / math.factorial(terms - 1)
-    for k in range(terms - 2, 1, -1): series = series * x + 1 / math.factorial(k)
-    return x * x * series
+def _e2_near(delta):
+    "e2(-δ) for |δ| <= 1/2 from its series, with as many terms as the rounding can see."
+    terms = 16 if delta.dtype == torch.float64 else 8
+    series = delta / math.factorial(terms)
+    for k in range(terms - 1, 1, -1): series.add_((-1)**k / math.factorial(k)).mul_(delta)
+    return series.mul_(delta)
 
 def _largest(delta)->float:
     "Largest |δ|. Infinity where looking costs more than it saves: while compiling, and away from the CPU."
@@ -158,8 +160,8 @@ def ref_grad(a, b, log_zp, log_zq, shift, log_ratio, by_kl, by_logprob, out):
     excess = torch.where(d.abs() < 0.5, p * torch.expm1(-d), q - p)  # eq. 9
     out.copy_(torch.nan_to_num(by_kl * excess - by_logprob * q))
 
-# %% ../nbs/01_steps.ipynb #ee43bff9
-COMPILE_FROM = 2**24  # elements, ours: a call of 0.2 s in eager code on one core, so some 100 calls repay the compilation
+# %% ../nbs/01_steps.ipynb #f953b63e
+COMPILE_FROM = 2**22  # elements, ours: eager code takes some 0.1 s more on one core, so 100 calls or so repay the compilation
 
 class Compilable:
     "Calls `function`, through `torch.compile` when `large` and possible."
@@ -185,9 +187,9 @@ def no_second_derivative(name:str)->None:
         raise RuntimeError(f"`{name}` has no second derivative; call `backward` or `torch.autograd.grad` without `create_graph`.")
 
 def chunk_rows(rows:int, vocab_size:int, large:bool, device:torch.device)->int:
-    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code (curves below)."
+    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code (curves in experiments/speed)."
     if torch.compiler.is_compiling(): return rows  # one loop, no temporaries
-    return max(1, (2**22 if large or device.type != "cpu" else 2**17) // vocab_size)
+    return max(1, (2**23 if large and Compilable.works or device.type != "cpu" else 2**17) // vocab_size)
 
 # %% ../nbs/01_steps.ipynb #f930239a
 class _StepKL(torch.autograd.Function):

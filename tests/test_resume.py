@@ -16,7 +16,7 @@ UPDATES = 20  # of 4 per generation batch and 8 per epoch: two epochs and a half
 class Killed(Exception): pass
 
 
-def train(folder, updates=UPDATES, kill_at=None, save_every=4, resume=True, **changes):
+def train(folder, updates=UPDATES, kill_at=None, save_every=4, resume=True, learning_rate=1e-3, policy=None, reference=True):
     """Metrics without times, and weights. `kill_at`: the generation batch, counted from 1, whose reward ends the run."""
     folder.mkdir(exist_ok=True)
     calls = []
@@ -24,10 +24,10 @@ def train(folder, updates=UPDATES, kill_at=None, save_every=4, resume=True, **ch
         calls.append(1)
         if len(calls) == kill_at: raise Killed
         return [float(c.count("e")) for c in completions]
-    profile = get_profile("smoke", num_iterations=4, learning_rate=changes.pop("learning_rate", 1e-3))
+    profile = get_profile("smoke", num_iterations=4, learning_rate=learning_rate)
     config = rloo_config(profile, folder/"trainer", "rb", beta=0.3, seed=3, updates=updates, save_every=save_every)
-    policy = train_rloo(load_model("tiny-random", seed=1), load_model("tiny-random", seed=0), load_tokenizer("tiny-random"), PROMPTS,
-                        reward, config, folder/"metrics.csv", resume=resume, start="reference")
+    policy = train_rloo(policy or load_model("tiny-random", seed=1), load_model("tiny-random", seed=0) if reference else None,
+                        load_tokenizer("tiny-random"), PROMPTS, reward, config, folder/"metrics.csv", resume=resume, start="reference")
     return (folder/"metrics.csv").read_text(), policy.state_dict(), len(calls)
 
 
@@ -84,3 +84,16 @@ def test_nothing_is_saved_at_the_end_or_without_being_asked(tmp_path):
     train(tmp_path/"a", updates=4)
     train(tmp_path/"b", updates=8, save_every=0)
     assert checkpoints(tmp_path/"a") == checkpoints(tmp_path/"b") == []
+
+
+def test_a_policy_with_adapters_resumes_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    def policy():
+        torch.manual_seed(0)
+        return peft.get_peft_model(load_model("tiny-random", seed=1),
+                                   peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True))
+    whole, weights, _ = train(tmp_path/"whole", updates=8, policy=policy(), reference=False)
+    with pytest.raises(Killed): train(tmp_path/"killed", updates=8, kill_at=2, policy=policy(), reference=False)
+    metrics, resumed, generated = train(tmp_path/"killed", updates=8, policy=policy(), reference=False)
+    assert curve(metrics) == curve(whole) and generated == 1
+    assert all(torch.equal(resumed[name], value) for name, value in weights.items())

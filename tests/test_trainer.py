@@ -169,6 +169,11 @@ def test_without_adapters_a_reference_is_needed(tmp_path):
     with pytest.raises(ValueError, match="`ref_model` is None, but `model` has no adapters"): make(tmp_path, reference=None)
 
 
+def test_sharded_heads_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("klrb.rloo.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="use ZeRO-2"): make(tmp_path)
+
+
 # Two processes
 
 class Gradients(TrainerCallback):
