@@ -143,17 +143,20 @@ def known_costs(
     mean = lambda group: sum(groups[group]) / len(groups[group])
     return {run.key: mean(setting(run) if setting(run) in groups else run.notebook) for run in runs if run.notebook in groups}
 
-# %% ../nbs/20_study.ipynb #c707c90e
+# %% ../nbs/20_study.ipynb #5a03d51e
 class _Queue:
-    def __init__(self, client, runs, costs, threads, timeout):
-        self.client, self.threads, self.timeout, self.waiting = client, threads, timeout, {}
+    def __init__(self, client, runs, costs, threads, timeout, slots):
+        self.client, self.threads, self.timeout, self.slots, self.waiting = client, threads, timeout, slots, {}
         ordered = sorted(runs, key=lambda run: -costs.get(run.key, 0))
         self.rank = {run.key: i for i, run in enumerate(ordered)}
         from distributed import as_completed
         self.ready = as_completed(loop=client.loop)
-        for run in ordered: self.submit(run)
+        self.backlog = [(run, 0, False) for run in ordered]
 
-    def submit(self, run, attempt=0, last=False):
+    def fill(self):
+        while self.backlog and len(self.waiting) < self.slots: self.submit(*self.backlog.pop(0))
+
+    def submit(self, run, attempt, last):
         future = self.client.submit(execute, run, self.threads, self.timeout, pure=False, key=f"{run.key}-{uuid.uuid4().hex[:8]}",
                                     priority=-self.rank[run.key] - last * len(self.rank))
         self.waiting[future] = run, attempt
@@ -182,7 +185,7 @@ def _outcome(future, run: Run) -> dict:
     note_failure(run, found)
     return found
 
-# %% ../nbs/20_study.ipynb #020c47ab
+# %% ../nbs/20_study.ipynb #d58074df
 def run_all(
     runs: list[Run], # unfinished ones
     execution: Execution, # where, and how often
@@ -192,14 +195,16 @@ def run_all(
     if not runs: return {}
     costs, outcomes = costs or {}, {}
     with connect(execution, len(runs)) as (client, threads), _Progress(runs, costs, client, execution, threads) as progress:
-        queue = _Queue(client, runs, costs, threads, execution.timeout)
+        slots = len(runs) if execution.scheduler else len(client.scheduler_info(n_workers=-1)["workers"])
+        queue = _Queue(client, runs, costs, threads, execution.timeout, slots)
         try:
-            while queue.waiting:
+            while queue.backlog or queue.waiting:
+                queue.fill()
                 for run, attempt, found in queue.ended():
-                    if found["state"] == "busy": queue.submit(run, attempt, last=True)
+                    if found["state"] == "busy": queue.backlog.append((run, attempt, True))
                     elif found["state"] == "failed" and attempt < execution.retries:
                         progress.say(run, dict(found, state="failed, tried again"))
-                        queue.submit(run, attempt + 1)
+                        queue.backlog.insert(0, (run, attempt + 1, False))
                     else:
                         outcomes[run.key] = found
                         progress.say(run, found, done=True)
