@@ -152,7 +152,9 @@ def same_values_and_gradients(inputs, ids, tolerance=None, **kwargs):
 @pytest.mark.parametrize("tile_rows,tile_size", [(1024, 2**20), (4, 12), (1, 1), (2, 26)])  # one tile; tiles that divide 6 and 13 or do not
 @pytest.mark.parametrize("scales", [((1.0, None), (1.0, None)), ((0.3, None), (1.0, 2.0)), ((2.0, 3.0), (0.5, None))])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_grid_against_autograd(monkeypatch, tile_rows, tile_size, scales, temperature):
+@pytest.mark.parametrize("keep_up_to", [0, 2**22])
+def test_grid_against_autograd(monkeypatch, tile_rows, tile_size, scales, temperature, keep_up_to):
+    monkeypatch.setattr(fused, "KEEP_UP_TO", keep_up_to)
     monkeypatch.setattr(fused, "TILE_ROWS", tile_rows)
     monkeypatch.setattr(fused, "TILE_SIZE", tile_size)
     inputs, ids = case()
@@ -170,8 +172,9 @@ def test_low_precision_inputs_are_summed_in_float32(monkeypatch, dtype, toleranc
     same_values_and_gradients(inputs, ids, tolerance)  # gradients are rounded to the inputs' dtype
 
 
-@pytest.mark.parametrize("tile_size", [2**20, 12])
-def test_excluded_tokens_and_masked_steps(monkeypatch, tile_size):
+@pytest.mark.parametrize("tile_size,keep_up_to", [(2**20, 2**22), (12, 2**22), (12, 0)])
+def test_excluded_tokens_and_masked_steps(monkeypatch, tile_size, keep_up_to):
+    monkeypatch.setattr(fused, "KEEP_UP_TO", keep_up_to)
     monkeypatch.setattr(fused, "TILE_SIZE", tile_size)
     inputs, ids = case()
     inputs[2][3:6], inputs[5][4:6] = -INF, -INF  # the policy excludes one more token; the first tile of the reference is whole
@@ -255,6 +258,20 @@ def test_reference_close_to_the_policy():
     p, delta = (h @ w.T).softmax(-1), (h - near) @ w.T
     second_order = 0.5 * ((p * delta**2).sum(-1) - (p * delta).sum(-1)**2)  # the KL to relative order 1e-6
     assert_close(value, second_order, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("keep_up_to,numbers_per_element", [(2 * 3 * 13 - 1, 0), (2 * 3 * 13, 2)])
+def test_logits_are_kept_only_where_they_are_few(monkeypatch, keep_up_to, numbers_per_element):
+    "Counted where autograd saves; the recomputed and the kept logits are the same numbers."
+    (*policy, _), ids = case()[0][:3], case()[1]
+    h, w = (o.requires_grad_() for o in policy)
+    h2, w2 = case(seed=1)[0][:2]
+    run = lambda: linear_step_kl(h, LMHead(w, softcap=2.0), h2, w2, ids).step_kl.sum()
+    expected, saved = torch.autograd.grad(run(), (h, w)), []
+    monkeypatch.setattr(fused, "KEEP_UP_TO", keep_up_to)
+    with torch.autograd.graph.saved_tensors_hooks(lambda o: saved.append(o) or o, lambda o: o): value = run()
+    assert sum(o.numel() for o in saved if o.shape == (6, 13)) == numbers_per_element * 6 * 13
+    assert_close(torch.autograd.grad(value, (h, w)), expected, rtol=0, atol=0)
 
 
 # ---- compiled ----
