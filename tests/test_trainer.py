@@ -227,7 +227,8 @@ def test_two_processes_give_the_kl_loss_and_gradient_of_one(tmp_path):
     for name in POLICIES:
         logs, gradients, weights = train_fixed(tmp_path, name, 1)
         for their_logs, their_gradients, their_weights in (first[name], second[name]):
-            for ours, theirs in zip(logs, their_logs, strict=True): assert theirs == pytest.approx(ours, rel=1e-4, abs=1e-6)
+            for ours, theirs in zip(logs, their_logs, strict=True):  # the loss sums terms of order 10 that may cancel, in float32
+                assert theirs == pytest.approx(ours, rel=1e-4, abs=2e-5)
             for ours, theirs in zip(gradients, their_gradients, strict=True):
                 norm = lambda grads: torch.stack([g.norm() for g in grads.values()]).norm()
                 assert norm({key: g - theirs.pop(key) for key, g in ours.items()}) < 1e-4 * norm(ours) and not theirs
