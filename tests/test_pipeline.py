@@ -11,10 +11,11 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from klrb.models import POCKET, load_model, load_tokenizer, pocket_training, sample_rollouts
+from klrb.notebooks import make_runs, read_grid, read_template
 from klrb.profiles import get_profile
 from klrb.reviews import load_reviews, split_reviews
 from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer, rloo_config, train_rloo
-from klrb.study import study_runs
+from klrb.study import study_grid
 
 CPU = dict(report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True)
 PROMPTS = Dataset.from_dict(dict(prompt=["The film", "I saw this film with", "Never", "It was a bit of a"] * 2))
@@ -188,10 +189,11 @@ def test_missing_reviews_say_what_to_install(monkeypatch):
 
 
 def test_the_grid_of_a_study_may_grow_but_not_change_its_runs(tmp_path):
-    notebooks = Path(__file__).parents[1]/"nbs"/"experiments"
-    small = study_runs(get_profile("pocket"), tmp_path, notebooks)["rloo"]
-    large = study_runs(get_profile("pocket", betas=(0.1, 0.2, 0.5, 1.0), seeds=5), tmp_path, notebooks)["rloo"]
-    assert {r.identity for r in small} < {r.identity for r in large}
-    other = study_runs(get_profile("pocket", learning_rate=1e-5), tmp_path, notebooks)["rloo"]
-    assert not {r.identity for r in small} & {r.identity for r in other}
-    with pytest.raises(ValueError, match="the unbiased methods are"): study_runs(get_profile("pocket", estimators=("k3",)), tmp_path, notebooks)
+    template = read_template(Path(__file__).parents[1]/"nbs"/"experiments"/"rloo.ipynb")
+    def identities(**settings):
+        profile = get_profile("pocket", **settings)
+        return {r.identity for r in make_runs(template, read_grid(template, study_grid(profile), profile.seeds), tmp_path, profile)}
+    small, large = identities(), identities(betas=(0.1, 0.2, 0.5, 1.0), seeds=5)
+    assert len(small) == 18 and small < large
+    assert not small & identities(learning_rate=1e-5)
+    with pytest.raises(ValueError, match="the unbiased methods are"): study_grid(get_profile("pocket", estimators=("k3",)))
