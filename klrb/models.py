@@ -19,28 +19,27 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 from .fused import LMHead
 
 # %% auto #0
-__all__ = ['POCKET', 'pocket_training', 'load_tokenizer', 'load_model', 'check_same_tokenizer', 'check_context', 'Rollouts',
-           'sample_completions', 'sample_rollouts', 'completion_logits', 'token_logprobs', 'lm_head', 'check_lm_head',
-           'completion_hidden']
+__all__ = ['POCKET', 'pocket_training', 'pocket_folder', 'load_tokenizer', 'load_model', 'check_same_tokenizer', 'check_context',
+           'Rollouts', 'sample_completions', 'sample_rollouts', 'completion_logits', 'token_logprobs', 'lm_head',
+           'check_lm_head', 'completion_hidden']
 
-# %% ../nbs/12_models.ipynb #9f78c509
+# %% ../nbs/12_models.ipynb #af8d3452
 POCKET = Path(__file__).parent/"assets"/"pocket" if "__file__" in globals() else Path("../klrb/assets/pocket")
 
 def pocket_training() -> dict: # held-out bits per character, tokens, updates, parameters, sha256
     "What the training of the shipped pocket model recorded."
     return json.loads((POCKET/"training.json").read_text())
 
-def _check_pocket() -> None:
+def pocket_folder() -> Path: # config, weights, tokenizer
+    "Where the shipped pocket model lies. Raises `ValueError` when its weights are damaged."
     found = hashlib.sha256((POCKET/"model.safetensors").read_bytes()).hexdigest()
     if found != (expected := pocket_training()["sha256"]):
         raise ValueError(f"the pocket model has sha256 {found[:12]}…, expected {expected[:12]}…; reinstall klrb.")
+    return POCKET
 
-# %% ../nbs/12_models.ipynb #1b4433ec
+# %% ../nbs/12_models.ipynb #7831dd8e
 def _resolve(name: str) -> str:
-    if name in {"pocket", "tiny-random"}:
-        _check_pocket()
-        return str(POCKET)
-    return name
+    return str(pocket_folder()) if name in {"pocket", "tiny-random"} else name
 
 def load_tokenizer(
     name: str, # "pocket", "tiny-random", a local folder or a Hub id

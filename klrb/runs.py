@@ -25,21 +25,21 @@ from filelock import FileLock, Timeout
 __all__ = ['write_atomic', 'digest', 'text_digest', 'reached_modules', 'code_digest', 'environment', 'Run', 'manifest',
            'read_record', 'damaged', 'content_digest', 'finished', 'locked', 'is_locked']
 
-# %% ../nbs/16_runs.ipynb #5ab92479
+# %% ../nbs/16_runs.ipynb #cb0310eb
 def write_atomic(
     path: str | Path, # file to write
-    text: str, # its whole content
+    content: str | bytes, # all of it
 ) -> None:
     "Write a file that is there completely or not at all, even after a power cut. Raises `OSError`, leaving no temporary file."
     path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f".{path.name}.part")  # hidden: who reads the whole folder does not read this
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except (OSError, ValueError):
         partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)

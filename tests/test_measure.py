@@ -289,12 +289,17 @@ def test_one_document_has_no_interval():
 
 # Files
 
-def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+def interrupt(monkeypatch, batch):
+    "Press Ctrl-C in batch number `batch`."
     inner, calls = klrb.scoring._one_batch, itertools.count()
     def interrupted(*args):
-        if next(calls) == 3: raise KeyboardInterrupt
+        if next(calls) == batch: raise KeyboardInterrupt
         return inner(*args)
     monkeypatch.setattr(klrb.scoring, "_one_batch", interrupted)
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
+    interrupt(monkeypatch, 3)
     found = measure(prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path/"out", direction="both")
     assert found.status == "interrupted" and list(found.results) == ["reverse"] and "interrupted" in repr(found)
     saved = json.loads((tmp_path/"out"/"measurement.json").read_text())
@@ -482,10 +487,6 @@ def test_json_and_standard_input(folder, monkeypatch):
 
 
 def test_ctrl_c_prints_the_estimate_so_far(folder, monkeypatch):
-    inner, calls = klrb.scoring._one_batch, itertools.count()
-    def interrupted(*args):
-        if next(calls) == 2: raise KeyboardInterrupt
-        return inner(*args)
-    monkeypatch.setattr(klrb.scoring, "_one_batch", interrupted)
+    interrupt(monkeypatch, 2)
     answer = invoke(folder, monkeypatch, *GOOD[:-1], "50", "--batch-tokens", "50")
     assert answer.exit_code == 130 and "stopped: interrupted" in answer.stdout and "RB" in answer.stdout

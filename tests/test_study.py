@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from klrb import notebooks, study
+from klrb import models, notebooks, study
 from klrb.cli import app
 from klrb.notebooks import execute, make_runs, read_grid, read_template, write_template
 from klrb.runs import digest, locked, read_record
@@ -518,13 +519,12 @@ def test_bad_folders_to_look_at(tmp_path, command, make, message):
 
 def test_a_damaged_shipped_model_is_refused(tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
-    assets = tmp_path/"klrb"/"assets"/"pocket"
-    assets.mkdir(parents=True)
-    for file in (root/"klrb"/"assets"/"pocket").iterdir(): (assets/file.name).write_bytes(file.read_bytes())
+    assets = tmp_path/"pocket"
+    shutil.copytree(models.POCKET, assets)
     (assets/"model.safetensors").write_bytes((assets/"model.safetensors").read_bytes()[:-1])
-    monkeypatch.setattr(notebooks, "find_spec", lambda name: type("Spec", (), dict(submodule_search_locations=[str(tmp_path/"klrb")])))
+    monkeypatch.setattr(models, "POCKET", assets)
     output = refused("sweep", root/"nbs"/"experiments"/"rloo.ipynb", "--out", tmp_path/"out")
-    assert "does not have the sha256" in output and output.count("\n") == 1 and not (tmp_path/"out").exists()
+    assert "the pocket model has sha256" in output and "reinstall klrb" in output and output.count("\n") == 1 and not (tmp_path/"out").exists()
 
 
 def test_a_report_without_finished_runs(notebook, tmp_path, no_kernel):
