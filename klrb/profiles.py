@@ -205,40 +205,40 @@ def check_device(
                      f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a file mine.toml with "
                      f"base = \"{profile.name if profile.name in PROFILES else 'paper'}\" and device = \"cpu\".")
 
-# %% ../nbs/10_profiles.ipynb #ef00ae7b
+# %% ../nbs/10_profiles.ipynb #0d0c2c2f
 DOWNLOADS: dict[str, int] = {"lvwerra/gpt2-imdb": 550, "lvwerra/distilbert-imdb": 270, "stanfordnlp/imdb": 84}  # MB, as the Hub lists them
 _READABLE = ["*.json", "*.safetensors", "*.txt", "*.model", "*.csv", "*.parquet"]
 
 def split_revision(
-    name: str, # Hub id, with or without "@revision"
-) -> tuple[str, str | None]: # id and revision
-    "Take a Hub id apart."
-    name, _, revision = name.partition("@")
-    return name, revision or None
+    name: str, # Hub id, with or without "@revision", or a local path
+) -> tuple[str, str]: # id and revision, for `from_pretrained`
+    "Take a Hub id apart; a path that exists stays as it is."
+    name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    return name, revision or "main"
 
 def hub_folder(
     name: str, # Hub id, with or without "@revision"
     kind: str = "model", # "model" or "dataset"
 ) -> Path: # complete: config and safetensors, or tables
-    "Files of a Hub repository, downloaded unless they are in the cache. Raises `ValueError` when they cannot be had."
+    "Files of a Hub repository, downloaded unless they are in the cache. Raises `FileNotFoundError` when they cannot be had."
     from huggingface_hub import snapshot_download
     repository, revision = split_revision(name)
     try: folder = Path(snapshot_download(repository, revision=revision, repo_type=kind, allow_patterns=_READABLE))
     except (OSError, ValueError) as error:  # an unreachable Hub, an unknown id
-        raise ValueError(f"{name!r} is neither a preset nor a local path, and the Hub does not give it ({str(error).splitlines()[0][:80]})."
-                         f" Download it where there is a network ({download_command(name, kind)}), or give a local path.") from None
+        raise FileNotFoundError(f"the Hub does not give it: {str(error).splitlines()[0][:80]}; where there is a network, run "
+                                f"`{download_command(name, kind)}`") from None
     wanted = ("*.safetensors",) if kind == "model" else ("*.parquet", "*.csv")
     if any(path for pattern in wanted for path in folder.rglob(pattern)): return folder
-    raise ValueError(f"{name!r} is on this machine without {' or '.join(wanted)}. Download the rest ({download_command(name, kind)})"
-                     + ("; pickled weights must be converted once, as the profiles' notebook shows." if kind == "model" else "."))
+    raise FileNotFoundError(f"the copy here has no {' or '.join(wanted)}; run `{download_command(name, kind)}`"
+                            + (", and convert pickled weights once, as the notebook 10_profiles shows" if kind == "model" else ""))
 
 def download_command(name: str, kind: str = "model") -> str: # for a shell
     "What fetches a Hub repository, all that is read of it."
     repository, revision = split_revision(name)
-    options = [*(["--repo-type dataset"] if kind == "dataset" else []), *([f"--revision {revision}"] if revision else [])]
+    options = [*(["--repo-type dataset"] if kind == "dataset" else []), *([f"--revision {revision}"] if revision != "main" else [])]
     return " ".join(["hf download", repository, *options, *(f"--include '{o}'" for o in (_READABLE[:3] if kind == "model" else ["*.parquet"]))])
 
-# %% ../nbs/10_profiles.ipynb #f7019f74
+# %% ../nbs/10_profiles.ipynb #5e4f10aa
 def hub_names(
     profile: Profile, # from `get_profile`
 ) -> dict[str, str]: # Hub id, with its revision, to "model" or "dataset"
@@ -253,7 +253,7 @@ def check_downloads(
     missing = {}
     for name, kind in hub_names(profile).items():
         try: hub_folder(name, kind)
-        except ValueError: missing[name] = kind
+        except FileNotFoundError: missing[name] = kind
     if not missing: return
     size = lambda name: f"about {mb} MB" if (mb := DOWNLOADS.get(split_revision(name)[0])) else "size unknown"
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false") else ""
