@@ -14,7 +14,7 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['PROFILES', 'DOWNLOADS', 'Profile', 'get_profile', 'to_toml', 'expected_minutes', 'in_words', 'check_device',
-           'split_revision', 'hub_folder', 'download_command', 'hub_names', 'check_downloads']
+           'split_revision', 'hub_folder', 'download_command', 'hub_names', 'check_downloads', 'describe_profile']
 
 # %% ../nbs/10_profiles.ipynb #244eeef8
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _check(profile: Profile) -> None:
         raise ValueError(f"`variance_sizes` goes up to {max(profile.variance_sizes)}, more than "
                          f"`variance_completions` ({profile.variance_completions}) samples per prompt.")
 
-# %% ../nbs/10_profiles.ipynb #1d874e4c
+# %% ../nbs/10_profiles.ipynb #5e84e98e
 def expected_minutes(
     profile: Profile, # with its grid
     workers: int = 1, # runs at a time; the CPU figures are for two
@@ -183,7 +183,9 @@ def expected_minutes(
     per_update = profile.gpu_update_seconds if on_gpu else profile.cpu_update_seconds
     runs = len(profile.estimators) * len(profile.betas) * profile.seeds
     return (profile.gpu_stage_minutes if on_gpu else profile.cpu_stage_minutes,
-            math.ceil(runs / workers) * profile.updates * per_update / 60)
+            math.ceil(runs / workers) * (_START + profile.updates * per_update) / 60)
+
+_START = 10  # seconds until a kernel has imported torch and transformers, and to draw and judge at the end
 
 def in_words(
     minutes: float, # duration
@@ -192,14 +194,14 @@ def in_words(
     if minutes < 1: return f"{60*minutes:.0f} s"
     return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes/60:.1f} hours"
 
-# %% ../nbs/10_profiles.ipynb #041aebda
+# %% ../nbs/10_profiles.ipynb #58f1853b
 def check_device(
     profile: Profile, # whose device is looked for
 ) -> None:
     "Raise `ValueError` when the profile wants a GPU and there is none."
     import torch  # late: the profiles are also read by the command line's help
     if profile.device != "cuda" or torch.cuda.is_available(): return
-    stages, runs = expected_minutes(replace(profile, device="cpu"), 2)
+    stages, runs = expected_minutes(replace(profile, device="cpu"), workers=2)
     raise ValueError(f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU cores an update would take "
                      f"about {profile.cpu_update_seconds:.0f} s, a run {in_words(profile.updates*profile.cpu_update_seconds/60)} and "
                      f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a file mine.toml with "
@@ -262,3 +264,15 @@ def check_downloads(
     raise ValueError(f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no {', '.join(missing)}{offline}. "
                      f"Where there is a network, run: {commands}. For local copies give --profile a file mine.toml with: "
                      f"base = \"{profile.name if profile.name in PROFILES else 'paper'}\"; {'; '.join(keys)}.")
+
+# %% ../nbs/10_profiles.ipynb #96763805
+def describe_profile(
+    profile: Profile, # from `get_profile`
+) -> str: # one line
+    "Size, expected time and downloads of a profile's study."
+    runs = len(profile.estimators) * len(profile.betas) * profile.seeds
+    minutes = sum(expected_minutes(profile, 1 if profile.device == "cuda" else 2))
+    where = "one GPU (the paper: about 20 minutes per run on one RTX 4090)" if profile.device == "cuda" else "two CPU cores"
+    sizes = [DOWNLOADS.get(split_revision(name)[0], 0) for name in hub_names(profile)]
+    return (f"{profile.name}: {runs} runs of {profile.updates} updates, about {in_words(minutes)} on {where}; "
+            + (f"downloads about {sum(sizes)} MB from the Hugging Face Hub" if sizes else "downloads nothing"))
