@@ -67,7 +67,7 @@ class TokenizedDPOTrainer(DPOTrainer):
         if missing: raise ValueError(f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with `sample_pairs`.")
         return dataset
 
-# %% ../nbs/14_dpo.ipynb #b9b69252
+# %% ../nbs/14_dpo.ipynb #b8f792ed
 def train_dpo(
     reference: PreTrainedModel, # start of the policy and reference of the loss; left unchanged
     tokenizer: PreTrainedTokenizerBase, # of both
@@ -82,8 +82,9 @@ def train_dpo(
         output_dir=str(out_dir), beta=profile.dpo_beta, learning_rate=profile.dpo_learning_rate, num_train_epochs=profile.dpo_epochs,
         per_device_train_batch_size=batch_size, lr_scheduler_type="linear", warmup_steps=0.1, seed=seed, logging_steps=1,
         report_to=[], save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=False,
-        max_length=None, dataloader_pin_memory=False,
+        max_length=None, dataloader_pin_memory=False, use_cpu=profile.device == "cpu",
     )
+    config._n_gpu = min(config.n_gpu, 1)  # or transformers would spread one process over all GPUs
     trainer = TokenizedDPOTrainer(model=deepcopy(reference), ref_model=deepcopy(reference), args=config, train_dataset=pairs,
                                   processing_class=tokenizer)
     trainer.remove_callback(PrinterCallback)

@@ -319,7 +319,7 @@ class _Checkpoints(TrainerCallback):
         os.replace(new/"complete.part", new/"complete.json")
         _newest_checkpoint(args.output_dir, self.run)
 
-# %% ../nbs/15_rloo.ipynb #4b15dbaf
+# %% ../nbs/15_rloo.ipynb #d40e133f
 @torch.no_grad()
 def evaluate_policy(
     policy: PreTrainedModel, # to judge
@@ -330,8 +330,9 @@ def evaluate_policy(
     profile: Profile, # completions per prompt, lengths, temperature
     seed: int = 0, # of the sampling
     batch_size: int = 256, # rollouts per forward pass; bounds the memory
-) -> pd.DataFrame: # one row per rollout: prompt_index, label, reward, kl_rb, kl_mc, length, prompt, completion
-    "Reward and KL(policy || reference), in nats per sequence, of fresh rollouts."
+    judge: Callable | None = None, # a second reward that was not trained against; None: no column `judge`
+) -> pd.DataFrame: # one row per rollout: prompt_index, label, reward, judge, kl_rb, kl_mc, ref_logprob, length, prompt, completion
+    "Reward, KL(policy || reference) and log-probability under the reference, in nats per sequence, of fresh rollouts."
     policy.eval()
     per_batch = max(1, batch_size // profile.eval_completions)
     frames = []
@@ -348,25 +349,27 @@ def evaluate_policy(
                                     profile.temperature, r.completion_mask)
             total = lambda x: x.masked_fill(r.completion_mask == 0, 0.).sum(1).tolist()
             index = r.prompt_index.tolist()
+            scored = {name: f(completions=r.completions, prompts=r.prompts) for name, f in (("reward", reward), ("judge", judge)) if f}
             frames.append(pd.DataFrame(dict(
-                prompt_index=[start + i for i in index], label=[part["label"][i] for i in index],
-                reward=reward(completions=r.completions, prompts=r.prompts), kl_rb=total(scores.step_kl),
-                kl_mc=total(scores.policy_logprobs - scores.ref_logprobs),
-                length=r.completion_mask.sum(1).tolist(), prompt=r.prompts, completion=r.completions)))
+                prompt_index=[start + i for i in index], label=[part["label"][i] for i in index], **scored,
+                kl_rb=total(scores.step_kl), kl_mc=total(scores.policy_logprobs - scores.ref_logprobs),
+                ref_logprob=total(scores.ref_logprobs), length=r.completion_mask.sum(1).tolist(),
+                prompt=r.prompts, completion=r.completions)))
     return pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/15_rloo.ipynb #b59bf84f
+# %% ../nbs/15_rloo.ipynb #bbf57d3f
 def summarize_evaluation(
     frame: pd.DataFrame, # from `evaluate_policy`
     beta: float, # KL weight of the objective
-) -> dict[str, float]: # reward, kl_rb, kl_mc and objective, each with `_stderr`
+) -> dict[str, float]: # reward, kl_rb, kl_mc, objective, ref_perplexity and, if there is one, judge, each with `_stderr`
     "Means over rollouts with standard errors clustered by prompt."
-    values = frame.assign(objective=frame.reward - beta * frame.kl_rb)
-    summary = {}
-    for name in ("reward", "kl_rb", "kl_mc", "objective"):
-        per_prompt = values.groupby("prompt_index")[name].mean()  # equally many rollouts per prompt
-        summary |= {name: per_prompt.mean(), f"{name}_stderr": per_prompt.sem()}
-    return summary
+    per_prompt = frame.assign(objective=frame.reward - beta * frame.kl_rb).groupby("prompt_index").mean(numeric_only=True)
+    names = ["reward", "kl_rb", "kl_mc", "objective", *(["judge"] if "judge" in frame else [])]
+    summary = {key: value for name in names  # equally many rollouts per prompt
+               for key, value in ((name, per_prompt[name].mean()), (f"{name}_stderr", per_prompt[name].sem()))}
+    nats = -per_prompt.ref_logprob.sum() / per_prompt.length.sum()  # per token
+    stderr = (-per_prompt.ref_logprob - nats * per_prompt.length).sem() / per_prompt.length.mean()
+    return summary | dict(ref_perplexity=math.exp(nats), ref_perplexity_stderr=math.exp(nats) * stderr)
 
 # %% ../nbs/15_rloo.ipynb #c3cdd0c4
 def train_rloo(
