@@ -219,7 +219,16 @@ class _ResumeOrder(TrainerCallback):
 
 RBRLOOTrainer._get_train_sampler = _get_train_sampler
 
-# %% ../nbs/15_rloo.ipynb #a4cefff0
+# %% ../nbs/15_rloo.ipynb #67aaa32e
+def _batch_per_process(profile: Profile) -> int:
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch` and `torchrun`
+    if profile.batch_size % (processes * profile.num_generations):
+        raise ValueError(f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
+                         f"{profile.num_generations} completions; take a number of processes that divides "
+                         f"{profile.batch_size // profile.num_generations}, or another batch size.")
+    return profile.batch_size // processes
+
+# %% ../nbs/15_rloo.ipynb #59aa93ac
 def rloo_config(
     profile: Profile, # learning rate, batch, lengths
     out_dir: str | Path, # for the trainer's own files
@@ -231,21 +240,18 @@ def rloo_config(
 ) -> RBRLOOConfig: # ready for `RBRLOOTrainer`
     "The configuration of one RLOO run. Raises `ValueError` without the profile's device, or when the processes cannot share its batch."
     check_device(profile)
-    processes, on_gpu = int(os.environ.get("WORLD_SIZE", 1)), profile.device == "cuda"  # set by `accelerate launch` and `torchrun`
-    if profile.batch_size % (processes * profile.num_generations):
-        raise ValueError(f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
-                         f"{profile.num_generations} completions; take a number of processes that divides "
-                         f"{profile.batch_size // profile.num_generations}, or another batch size.")
+    on_gpu = profile.device == "cuda"
     config = RBRLOOConfig(
         output_dir=str(out_dir), kl_estimator=kl_estimator, beta=profile.beta if beta is None else beta, seed=seed,
         max_steps=profile.updates if updates is None else updates, learning_rate=profile.learning_rate,
         lr_scheduler_type=profile.lr_scheduler_type, adam_epsilon=profile.adam_epsilon, max_grad_norm=profile.max_grad_norm,
-        per_device_train_batch_size=profile.batch_size // processes, num_generations=profile.num_generations,
+        per_device_train_batch_size=_batch_per_process(profile), num_generations=profile.num_generations,
         num_iterations=profile.num_iterations, epsilon=profile.epsilon, temperature=profile.temperature, top_k=0, top_p=1.0,
         max_completion_length=profile.max_completion_length, logging_steps=1, logging_nan_inf_filter=False, report_to=[],
         save_strategy="steps" if save_every else "no",
         save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
         disable_tqdm=True, use_cpu=not on_gpu, bf16=on_gpu, dataloader_pin_memory=on_gpu, gradient_checkpointing=False,
+        ddp_find_unused_parameters=False,  # every parameter is used in every update
     )
     config._n_gpu = min(config.n_gpu, 1)
     return config

@@ -529,7 +529,7 @@ def estimate_study(
              (f"{left} of {len(cells)} runs", runs, f"{profile.updates} updates each, {workers} at a time, {source}"), ("together", stages + runs, "")]
     return f"study {profile.name!r}, estimated time\n" + "\n".join(f"  {what:26}{in_words(o):14}{why}".rstrip() for what, o, why in lines)
 
-# %% ../nbs/20_study.ipynb #d972e69d
+# %% ../nbs/20_study.ipynb #e4627602
 def run_study(
     profile: Profile, # from `get_profile`, with its grid
     out: str | Path, # folder of the study; finished runs in it are kept
@@ -565,7 +565,8 @@ def run_study(
     print(f"figures and tables are in {out/'report'} and {variance[0].folder}", flush=True)
     return seconds
 
-def _workers(execution: Execution, runs: int) -> int: # of a scheduler nobody knows beforehand: one
+# %% ../nbs/20_study.ipynb #cf5d0d49
+def _workers(execution: Execution, runs: int) -> int: # at a time
     from dask.system import CPU_COUNT
     return 1 if execution.scheduler else share_cores(execution, runs, CPU_COUNT)[0]
 
