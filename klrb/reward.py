@@ -145,13 +145,13 @@ class SequenceClassifierReward:
 
     __call__ = TfidfReward.__call__
 
-# %% ../nbs/13_reward.ipynb #16484a5f
+# %% ../nbs/13_reward.ipynb #86ecca7d
 def train_classifier_reward(
     reviews: Dataset, # columns `text` and `label`: the reward_train split
     encoder: str | Path, # folder of an encoder with its tokenizer, such as MiniLM's
     folder: str | Path, # for the classifier, in the format that `SequenceClassifierReward` reads
-    num_reviews: int = 2400, # ours: 0.85 needs about two thousand
-    max_tokens: int = 160, # ours: at which texts are cut, here and by the reward
+    num_reviews: int = 3200, # ours: 0.85 needs about two thousand
+    max_tokens: int = 192, # ours: the last ones are kept, here and by the reward
     learning_rate: float = 1e-4, # ours: usual for encoders of this size, in one epoch
     seed: int = 0, # of the head and of the order
 ) -> SequenceClassifierReward: # the trained reward
