@@ -101,7 +101,7 @@ def test_verdicts_turn_when_rb_is_worse(contradicted):
     assert table.verdict["update"] == "false as stated"  # at one beta louder, at the other nothing
     assert table.verdict.stability == table.verdict.pareto == "not seen"
     assert table.verdict.sequence == "false as stated" and table.verdict.step == "holds"
-    assert table.verdict.cv_fitted == "holds when exact (best weight known), pocket (M = 10); the opposite when pocket (M = 100)"
+    assert table.verdict.cv_fitted == "holds when exact (best weight known), pocket (M = 100); the opposite when pocket (M = 10)"
 
 
 def test_what_was_not_run_is_said(contradicted):
