@@ -11,8 +11,8 @@ PROFILE ?= pocket
 VENV := .venv
 PY := $(VENV)/bin/python
 
-# The pocket and smoke profiles need no download. For one that does: make study PROFILE=... HF_HUB_OFFLINE=0
-export HF_HUB_OFFLINE ?= 1
+# Only the profile paper, and profiles from files, may read the Hugging Face Hub.
+export HF_HUB_OFFLINE ?= $(if $(filter paper %.toml,$(PROFILE)),0,1)
 export TOKENIZERS_PARALLELISM ?= false
 export TRANSFORMERS_VERBOSITY ?= error
 unexport PYTHONPATH PYTHONHOME
@@ -23,7 +23,7 @@ finish = echo "== done in $$((SECONDS - began)) s"
 
 help:
 	@cat <<'END'
-	make study    run the whole study; PROFILE=pocket by default, PROFILE=smoke takes seconds
+	make study    run the whole study; PROFILE=pocket by default, or smoke, smol, paper (GPU, downloads), mine.toml
 	make smol     install the models of PROFILE=smol, 190 MB; make study PROFILE=smol does it too
 	make test     export and README in sync, notebooks at smoke size, pytest
 	make export   notebooks -> klrb/*.py, then clean the notebooks

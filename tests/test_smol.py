@@ -211,7 +211,7 @@ def write_reviews(path):
     "Two reviews in five begin with the other tone, so that adversarial prompts exist."
     tone, rng = {1: "wonderful great moving superb".split(), 0: "awful boring terrible weak".split()}, random.Random(0)
     say = lambda label: f"the {rng.choice(['film', 'story', 'cast', 'plot'])} was {rng.choice(tone[label])}"
-    rows = [(i % 2, i % 2 if rng.random() < 0.6 else 1 - i % 2) for i in range(1000)]
+    rows = [(i % 2, i % 2 if rng.random() < 0.6 else 1 - i % 2) for i in range(600)]
     texts = [f"{say(first).capitalize()} and {say(label)} and {say(label)}, number {i}." for i, (label, first) in enumerate(rows)]
     pd.DataFrame(dict(text=texts, label=[label for label, _ in rows])).to_csv(path)
 
