@@ -114,11 +114,7 @@ def packaged_file(
                          f"version: run `{again}`.")
     return path
 
-<<<<<<< HEAD
-# %% ../nbs/10_profiles.ipynb #57dab6da
-=======
-# %% ../nbs/10_profiles.ipynb #6f620c69
->>>>>>> smol
+# %% ../nbs/10_profiles.ipynb #afe0467f
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
