@@ -325,7 +325,7 @@ class _Checkpoints(TrainerCallback):
         os.replace(new/"complete.part", new/"complete.json")
         _newest_checkpoint(args.output_dir, self.run)
 
-# %% ../nbs/15_rloo.ipynb #d40e133f
+# %% ../nbs/15_rloo.ipynb #dbdf1ab7
 @torch.no_grad()
 def evaluate_policy(
     policy: PreTrainedModel, # to judge
@@ -340,8 +340,7 @@ def evaluate_policy(
 ) -> pd.DataFrame: # one row per rollout: prompt_index, label, reward, judge, kl_rb, kl_mc, ref_logprob, length, prompt, completion
     "Reward, KL(policy || reference) and log-probability under the reference, in nats per sequence, of fresh rollouts."
     policy.eval()
-    per_batch = max(1, batch_size // profile.eval_completions)
-    frames = []
+    per_batch, frames = max(1, batch_size // profile.eval_completions), []
     gpus = [policy.device] if policy.device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):  # few batches do not repay a compilation
         torch.manual_seed(seed)
@@ -377,7 +376,7 @@ def summarize_evaluation(
     stderr = (-per_prompt.ref_logprob - nats * per_prompt.length).sem() / per_prompt.length.mean()
     return summary | dict(ref_perplexity=math.exp(nats), ref_perplexity_stderr=math.exp(nats) * stderr)
 
-# %% ../nbs/15_rloo.ipynb #c3cdd0c4
+# %% ../nbs/15_rloo.ipynb #c81bbc68
 def train_rloo(
     policy: PreTrainedModel, # start; trained in place
     reference: PreTrainedModel | None, # frozen; None: the PEFT policy without its adapters
@@ -405,6 +404,7 @@ def train_rloo(
         if model is not None and (own := vars(model).pop("_original_forward", None)): model.forward = own
     return trainer.model.eval()
 
+# %% ../nbs/15_rloo.ipynb #c84c3cad
 _NOT_FINITE = "`{}` is {} at update {}; the metrics before it are kept. {}"
 
 class _StopWhenNotFinite(TrainerCallback):

@@ -118,7 +118,7 @@ class Run:
     root: Path  # folder of the sweep, or of the cache
     name: str  # readable, from what the grid varies
     parameters: dict = field(hash=False)  # all of them, except folders
-    folders: dict = field(default_factory=dict, hash=False)  # `prepare_dir`, if the notebook reads a preparation
+    folders: dict = field(default_factory=dict, hash=False)  # `prepare_dir`, if the notebook reads a preparation; `profile`, if it is a file
     facts: dict = field(default_factory=dict, hash=False)  # digests of the notebook, of what it reads, of the code; settings
 
     @property

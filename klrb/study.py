@@ -345,7 +345,7 @@ def _raise_for_failures(outcomes: dict[str, dict], total: int) -> None:
         raise SweepFailed(f"{len(failed)} of {total} runs failed; the others are finished.\n" + "\n".join(lines[:20])
                           + f"\n  … and {len(lines) - 20} more" * (len(lines) > 20))
 
-# %% ../nbs/20_study.ipynb #612e2d46
+# %% ../nbs/20_study.ipynb #66c6179c
 def sweep(
     notebook: str | Path, # experiment with a cell tagged `parameters`
     profile: str | None = None, # name in `klrb.profiles`, or a .toml file; None: the notebook's default, if it has one
@@ -365,7 +365,7 @@ def sweep(
     request = dict(notebook=str(Path(notebook).resolve()), grid=grid or {}, seeds=seeds, cache=cache and str(Path(cache).resolve()),
                    **_profile_request(profile, Path(out)))
     execution = _for_device(execution, profile)
-    if profile is not None and "profile" in template.known and not dry_run: check_machine(profile)
+    if profile is not None and "profile" in template.known and not dry_run: check_machine(profile, execution)
     preparing = Path(notebook).with_name("prepare.ipynb") if "prepare_dir" in template.known else None
     with _folder(out, dry_run) as out:
         check_workers(execution)
@@ -385,12 +385,13 @@ def _finish(runs: list[Run], execution: Execution) -> Counter:
     _raise_for_failures(outcomes, len(runs))
     return Counter(done=len(runs))
 
-# %% ../nbs/20_study.ipynb #cb874ce3
+# %% ../nbs/20_study.ipynb #8cde2742
 def check_machine(
-    profile: Profile, # to be run here
+    profile: Profile, # to be run
+    execution: Execution, # the workers of a scheduler have devices of their own
 ) -> None:
     "Raise `ValueError` without the profile's device, or when the Hub does not give what it reads."
-    check_device(profile)
+    if not execution.scheduler: check_device(profile)
     check_downloads(profile)
 
 def _for_device(execution: Execution, profile: Profile | None) -> Execution:
@@ -529,7 +530,7 @@ def estimate_study(
              (f"{left} of {len(cells)} runs", runs, f"{profile.updates} updates each, {workers} at a time, {source}"), ("together", stages + runs, "")]
     return f"study {profile.name!r}, estimated time\n" + "\n".join(f"  {what:26}{in_words(o):14}{why}".rstrip() for what, o, why in lines)
 
-# %% ../nbs/20_study.ipynb #e4627602
+# %% ../nbs/20_study.ipynb #dc658147
 def run_study(
     profile: Profile, # from `get_profile`, with its grid
     out: str | Path, # folder of the study; finished runs in it are kept
@@ -543,9 +544,8 @@ def run_study(
     grid = study_grid(profile, start)
     cells = read_grid(templates["rloo"], grid, profile.seeds)
     execution, seconds, began = _for_device(execution, profile), {}, time.perf_counter()
-    check_device(profile)
     print(estimate_study(profile, cells, out, _workers(execution, len(cells))), flush=True)
-    check_downloads(profile)
+    check_machine(profile, execution)
     def lap(name): seconds[name] = time.perf_counter() - began - sum(seconds.values())
     with _folder(out, False) as out:
         check_workers(execution)

@@ -294,3 +294,14 @@ def test_finished_runs_replace_the_expectation(tmp_path):
     text = estimate_study(settings, cells, tmp_path, 2)
     assert "preparation and variance  0 s" in text and "4 of 6 runs               4 minutes" in text and "as the 2 finished ones" in text
     assert "6 of 6 runs" in estimate_study(replace(settings, name="other"), cells, tmp_path, 2)  # another profile's do not count
+
+
+# One run from a shell
+
+@pytest.mark.parametrize("options, message", [
+    ([], "is not finished; run the prepare experiment first"), (["--start", "sft"], 'give "reference" or "dpo"'),
+    (["--estimator", "k3"], "the unbiased methods are"), (["--beta", "-1"], "must be >= 0"), (["--profile", "none"], "known profiles are")])
+def test_bad_options_of_a_run(prepared, tmp_path, options, message):
+    folder = prepared if options else tmp_path/"absent"
+    output = refused("rloo", "--profile", "smoke", "--prepare-dir", folder, "--out", tmp_path/"out", *options)
+    assert message in output and not (tmp_path/"out").exists()
