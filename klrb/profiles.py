@@ -114,7 +114,7 @@ def packaged_file(
                          f"version: run `{again}`.")
     return path
 
-# %% ../nbs/10_profiles.ipynb #1bb3a2f9
+# %% ../nbs/10_profiles.ipynb #60469e18
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
@@ -141,7 +141,7 @@ PROFILES: dict[str, Profile] = {
             learning_rate=1e-5, batch_size=16, num_iterations=1, updates=60, eval_prompts=96,
             variance_prompts=16, variance_completions=200, adversarial_prompts=8, gradient_batches=32,
             estimators=("mc", "rb_sequence", "rb"), betas=(0.05, 0.15, 0.5), seeds=3, beta=0.15,
-            device="cpu", cpu_update_seconds=10., cpu_stage_minutes=50.,  # ours, with two runs at a time
+            device="cpu", cpu_update_seconds=10., cpu_stage_minutes=50.,  # expected from its stages, two runs at a time
         ),
         Profile("paper"),
     )
