@@ -240,7 +240,7 @@ def test_ctrl_c_interrupts_the_kernels_and_keeps_their_metrics(notebook, tmp_pat
         assert time.monotonic() < until
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "Traceback" not in output, output
     assert output.strip().endswith("klrb: stopped; 1 interrupted, 2 pending. The same command goes on from here.")
     (row,) = [row for row in status(out) if row["state"] == "interrupted"]
@@ -259,6 +259,8 @@ def test_two_sweeps_share_the_runs_of_one_folder(notebook, tmp_path):
 def test_a_failing_run_stops_no_other_and_says_why(notebook, tmp_path):
     """On a scheduler of its own, as on a cluster, whose worker runs two notebooks at a time."""
     from distributed import LocalCluster
+    from jupyter_core.utils import ensure_event_loop
+    ensure_event_loop()  # as after a notebook that this process has executed
     out = tmp_path/"out"
     grid = dict(mode=["work", "raise", "die", "full", "silent"])
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster:
