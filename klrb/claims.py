@@ -60,18 +60,18 @@ def outcome(
     if expects == "equal": return "against"
     return "for" if (effect < null) == (expects == "below") else "against"
 
-# %% ../nbs/22_claims.ipynb #7e79038f
+# %% ../nbs/22_claims.ipynb #dd25df76
 def verdict(
     findings: pd.DataFrame, # one row per finding: setting, condition, outcome
     always: bool, # True: the claim is about all pairs of models
-) -> str: # "holds", "holds when ...", "not seen", "false as stated", or "not run yet"
+) -> str: # "holds", "holds when ...", "not seen" (both may name the opposite), "false as stated", or "not run yet"
     "The verdict on one claim."
     if findings.empty: return "not run yet"
     names = {o: _conditions(findings, o) for o in ("for", "against", "open")}
-    if names["against"] and (always or not names["for"]): return "false as stated"
-    if not names["for"]: return "not seen"
-    if always or not (names["against"] or names["open"]): return "holds"
-    return "holds when " + ", ".join(names["for"]) + ("; the opposite when " + ", ".join(names["against"]) if names["against"] else "")
+    if always and names["against"]: return "false as stated"
+    opposite = "; the opposite when " + ", ".join(names["against"]) if names["against"] else ""
+    if not names["for"]: return "not seen" + opposite
+    return "holds" if always or not (opposite or names["open"]) else "holds when " + ", ".join(names["for"]) + opposite
 
 def _conditions(findings, wanted):
     "Where the outcome is `wanted`, per setting; a setting where all agree needs no condition."

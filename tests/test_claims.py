@@ -96,9 +96,9 @@ def contradicted(tmp_path_factory):
 
 def test_verdicts_turn_when_rb_is_worse(contradicted):
     table, tests = contradicted
-    assert table.verdict.practice == table.verdict.gradient_bias == "false as stated"
+    assert table.verdict.gradient_bias == "false as stated" and table.verdict.practice.startswith("not seen; the opposite when pocket")
     assert table.verdict.gradient == "holds when exact; the opposite when pocket"
-    assert table.verdict["update"] == "false as stated"  # at one beta louder, at the other nothing
+    assert table.verdict["update"].startswith("not seen; the opposite when pocket")  # at one beta louder, at the other nothing
     assert table.verdict.stability == table.verdict.pareto == "not seen"
     assert table.verdict.sequence == "false as stated" and table.verdict.step == "holds"
     assert table.verdict.cv_fitted == "holds when exact (best weight known), pocket (M = 100); the opposite when pocket (M = 10)"
