@@ -93,7 +93,9 @@ def no_kernel(monkeypatch):
 def start(notebook, out, *options):
     "A sweep from the command line, in a process group of its own"
     command = [sys.executable, "-c", "from klrb.cli import app; app()", "sweep", str(notebook), "--out", str(out), *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    hear_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, such as these tests, ignore it
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                            preexec_fn=hear_interrupts)
 
 
 def finish(process):
