@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 import klrb.gradients as gradients
-from klrb.exact import TabularLM, enumerate_rollouts, exact_gradient_moments, exact_kl_gradient
+from klrb.exact import TabularLM, exact_gradient_moments, exact_kl_gradient
 from klrb.gradients import GRADIENTS, kl_baseline, kl_surrogate
 from klrb.steps import k1, k2, k3, step_kl, step_kl_topk, topk_tail
 

@@ -1,5 +1,4 @@
 """The pipeline's parts together: the shipped model, the trainer across micro-batches, seeds, and bad input."""
-import json
 import math
 from pathlib import Path
 
