@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .figures import LABELS, MARKERS, PALETTE, save_figure, use_theme
+from .figures import LABELS, MARKERS, PALETTE, save_figure
 from .runs import write_atomic
 from .sequential import Interval, cluster_interval
 
