@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-# %% ../nbs/22_claims.ipynb #4209842f
+# %% ../nbs/22_claims.ipynb #a344e8db
 def p_value(
     effect: float, # what was found
     low: float, # ends of its 95 % interval; NaN when there is none
@@ -20,24 +20,24 @@ def p_value(
     null: float, # value without an effect: 1 for a ratio, 0 for a difference
     df: float = math.inf, # of a t interval; infinite for a normal or a bootstrap interval
 ) -> float: # two-sided; NaN without an interval
-    """The p-value that belongs to a 95 % interval, on a log scale for a ratio with positive ends.
+    """The p-value that belongs to a 95 % interval, from its half on the null's side; on a log scale for a ratio.
 
     Raises `ValueError` when the ends are in the wrong order, or `null` is neither 0 nor 1.
     """
     if null not in (0, 1): raise ValueError(f"`null` is {null!r}; it must be 1 for a ratio or 0 for a difference.")
     if low > high: raise ValueError(f"`low` is {low} and `high` is {high}; the lower end comes first.")
     if math.isnan(low) or math.isnan(high): return math.nan
-    scale = math.log if null == 1 and low > 0 else float
-    stderr = (scale(high) - scale(low)) / (2*stats.t.ppf(0.975, df))
-    distance = abs(scale(effect) - scale(null))
-    if stderr == 0: return 1. if distance == 0 else 0.
-    return float(2*stats.t.sf(distance/stderr, df))
+    near = low if effect > null else high  # bootstrap intervals need not be symmetric
+    scale = math.log if null == 1 and min(effect, near) > 0 else float
+    half, distance = abs(scale(effect) - scale(near)), abs(scale(effect) - scale(null))
+    if half == 0: return 1. if distance == 0 else 0.
+    return float(2*stats.t.sf(distance/half*stats.t.ppf(0.975, df), df))
 
-# %% ../nbs/22_claims.ipynb #4aaf7e4c
+# %% ../nbs/22_claims.ipynb #60f0cb1b
 def holm(
     p, # p-values, NaN where nothing was tested, (N,)
 ) -> np.ndarray: # adjusted p-values, NaN where nothing was tested, (N,)
-    "Holm's step-down correction: below 0.05 after it means that no test of the family is wrong, with probability 0.95."
+    "Holm's step-down correction: if what is below 0.05 after it is called an effect, any mistake in the family has probability 0.05 at most."
     p = np.asarray(p, dtype=np.float64)
     tested = np.flatnonzero(~np.isnan(p))
     order = tested[np.argsort(p[tested], kind="stable")]

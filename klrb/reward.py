@@ -24,7 +24,7 @@ from .profiles import packaged_file, split_revision
 __all__ = ['TfidfReward', 'first_words', 'train_tfidf_reward', 'reward_accuracy', 'save_tfidf_reward', 'load_tfidf_reward',
            'SequenceClassifierReward', 'train_classifier_reward', 'train_reward', 'load_reward', 'load_judge']
 
-# %% ../nbs/13_reward.ipynb #a423258f
+# %% ../nbs/13_reward.ipynb #1713bf45
 class TfidfReward:
     """Log-odds of "positive" under a logistic regression on TF-IDF features of prompt + completion (eq. 1)."""
 
@@ -40,6 +40,8 @@ class TfidfReward:
         "Score texts."
         return self.vectorizer.transform(texts) @ self.coef + self.intercept
 
+    log_odds = score
+
     def __call__(
         self,
         completions: list[str], # generated texts
@@ -51,12 +53,12 @@ class TfidfReward:
             raise ValueError(f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt per completion.")
         return self.score([prompt + completion for prompt, completion in zip(prompts, completions)]).tolist()
 
-# %% ../nbs/13_reward.ipynb #8d0cf34c
+# %% ../nbs/13_reward.ipynb #f3441a44
 _VECTORIZER = dict(ngram_range=(1, 2), min_df=3, sublinear_tf=True, dtype=np.float64)
 
 def first_words(
     text: str, # a review
-    num_words: int = 40, # ours: about the length of a pocket rollout
+    num_words: int = 40, # ours: twice a rollout, so that most beginnings hold an opinion
 ) -> str: # its beginning
     "The first words of a text."
     return " ".join(text.split()[:num_words])
@@ -72,15 +74,15 @@ def train_tfidf_reward(
     model = LogisticRegression(C=8., max_iter=200).fit(vectorizer.fit_transform(texts), labels)  # C by held-out accuracy
     return TfidfReward(vectorizer, model.coef_[0], float(model.intercept_[0]))
 
-# %% ../nbs/13_reward.ipynb #7d847c12
+# %% ../nbs/13_reward.ipynb #8d24d51c
 def reward_accuracy(
-    score: Callable[[list[str]], np.ndarray], # texts to log-odds
+    log_odds: Callable[[list[str]], np.ndarray], # texts to log-odds of "positive"
     reviews: Dataset, # columns `text` and `label`: the reward_test split
-) -> dict[str, float]: # accuracy on whole reviews and on 40-word beginnings
-    "Share of reviews whose score has the sign of their label."
+) -> dict[str, float]: # accuracy on whole reviews and on beginnings of 40 and 17 words
+    "Share of reviews whose log-odds have the sign of their label."
     labels, texts = np.array(reviews["label"]), list(reviews["text"])
-    right = lambda texts: float(np.mean((np.asarray(score(texts)) > 0) == (labels == 1)))
-    return {"whole reviews": right(texts), "first 40 words": right([first_words(text) for text in texts])}
+    right = lambda texts: float(np.mean((np.asarray(log_odds(texts)) > 0) == (labels == 1)))
+    return {"whole reviews": right(texts), **{f"first {n} words": right([first_words(text, n) for text in texts]) for n in (40, 17)}}
 
 # %% ../nbs/13_reward.ipynb #74f2df85
 def save_tfidf_reward(
@@ -106,7 +108,7 @@ def load_tfidf_reward(
     vectorizer.idf_ = weights["idf"]
     return TfidfReward(vectorizer, weights["coef"], float(weights["intercept"][0]))
 
-# %% ../nbs/13_reward.ipynb #443c98ff
+# %% ../nbs/13_reward.ipynb #98e022de
 class SequenceClassifierReward:
     """The positive logit of a sequence classifier on prompt + completion (the paper's reward)."""
 
@@ -133,16 +135,22 @@ class SequenceClassifierReward:
         self.positive, self.batch_size = positive, batch_size
 
     @torch.no_grad()
-    def score(
-        self,
-        texts: list[str], # whole texts
-    ) -> np.ndarray: # positive logit, (len(texts),)
-        "Score texts, cut at the classifier's context."
+    def _logits(self, texts):
         rows = []
         for start in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(texts[start:start + self.batch_size], return_tensors="pt", padding=True, truncation=True)
-            rows.append(self.model(**batch.to(self.model.device)).logits[:, self.positive])
-        return torch.cat(rows).cpu().numpy()
+            rows.append(self.model(**batch.to(self.model.device)).logits)
+        return torch.cat(rows).cpu()  # (len(texts), labels)
+
+    def score(self, texts: list[str]) -> np.ndarray: # positive logit, (len(texts),)
+        "Score whole texts, cut at the classifier's context."
+        return self._logits(texts)[:, self.positive].numpy()
+
+    def log_odds(self, texts: list[str]) -> np.ndarray: # log-odds of "positive", (len(texts),)
+        "Positive logit against the others', for accuracies; the logit itself when it is the only one."
+        logits = self._logits(texts)
+        others = [i for i in range(logits.shape[1]) if i != self.positive]
+        return (logits[:, self.positive] - (logits[:, others].logsumexp(1) if others else 0)).numpy()
 
     __call__ = TfidfReward.__call__
 
