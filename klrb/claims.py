@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from .errors import InputError
+
 # %% ../nbs/22_claims.ipynb #a344e8db
 def p_value(
     effect: float, # what was found
@@ -24,8 +26,8 @@ def p_value(
 
     Raises `ValueError` when the ends are in the wrong order, or `null` is neither 0 nor 1.
     """
-    if null not in (0, 1): raise ValueError(f"`null` is {null!r}; it must be 1 for a ratio or 0 for a difference.")
-    if low > high: raise ValueError(f"`low` is {low} and `high` is {high}; the lower end comes first.")
+    if null not in (0, 1): raise InputError(f"`null` is {null!r}; it must be 1 for a ratio or 0 for a difference.")
+    if low > high: raise InputError(f"`low` is {low} and `high` is {high}; the lower end comes first.")
     if math.isnan(low) or math.isnan(high): return math.nan
     near = low if effect > null else high  # bootstrap intervals need not be symmetric
     scale = math.log if null == 1 and min(effect, near) > 0 else float
@@ -54,7 +56,7 @@ def outcome(
 ) -> str: # "for", "against" or "open"
     "What one finding says about a claim. Raises `ValueError` on an unknown `expects`."
     if expects not in ("below", "above", "equal", "at most"):
-        raise ValueError(f"`expects` is {expects!r}; it must be 'below', 'above', 'equal' or 'at most'.")
+        raise InputError(f"`expects` is {expects!r}; it must be 'below', 'above', 'equal' or 'at most'.")
     if expects == "at most": return "for" if effect <= null else "against"
     if not p < 0.05: return "open"
     if expects == "equal": return "against"

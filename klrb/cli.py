@@ -13,6 +13,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
+from .errors import InputError
 from .profiles import PROFILES, describe_profile
 
 # %% auto #0
@@ -153,7 +154,7 @@ def study(
 
 def _numbers(text: str) -> tuple[float, ...]:
     try: return tuple(float(part) for part in text.split(","))
-    except ValueError: raise ValueError(f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1.") from None
+    except ValueError: raise InputError(f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1.") from None
 
 # %% ../nbs/23_cli.ipynb #ab92d74a
 @app.command()
@@ -225,7 +226,7 @@ def _measured(given: dict):
     allowed = signature(function).parameters
     for name, parameter in signature(other).parameters.items():
         if name in given and name not in allowed and given[name] not in (None, parameter.default):
-            raise ValueError(f"`{name}` is {given[name]!r}, which means nothing {'without' if given['text'] is None else 'together with'} `text`; leave it out.")
+            raise InputError(f"`{name}` is {given[name]!r}, which means nothing {'without' if given['text'] is None else 'together with'} `text`; leave it out.")
     return function(**{name: value for name, value in given.items() if name in allowed})
 
 def _quiet_loading() -> None:
@@ -249,7 +250,7 @@ def _show(measured, as_json: bool) -> None:
         for o in measured.largest[:3]: console.print(heatmap_text(o["prompt"], o["tokens"], o["step"]))
     if measured.status == "interrupted": raise typer.Exit(130)
     unreachable = [o for o in getattr(measured, "results", {}).values() if o.reason in ("prompts", "infinite")]
-    if unreachable: raise ValueError(f"the tolerance cannot be reached: {unreachable[0].why}.")
+    if unreachable: raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
 
 # %% ../nbs/23_cli.ipynb #dc8e1b54
 if __name__ == "__main__" and "__file__" in globals(): app()  # not in this notebook

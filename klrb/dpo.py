@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from .errors import InputError
 from .models import sample_rollouts
 from .profiles import Profile
 
@@ -54,7 +55,7 @@ def sample_pairs(
             completions = completion_ids[first:first + profile.dpo_completions]
             rows += [dict(prompt_ids=prompt_ids[first], chosen_ids=completions[i], rejected_ids=completions[j],
                           margin=scores[i] - scores[j]) for i, j in rank_pairs(completions, scores)]
-    if not rows: raise ValueError("no two completions of a prompt got distinct rewards; the reward cannot rank this reference.")
+    if not rows: raise InputError("no two completions of a prompt got distinct rewards; the reward cannot rank this reference.")
     keep = np.random.default_rng(seed).permutation(len(rows))[:profile.dpo_pairs]
     return Dataset.from_list([rows[i] for i in sorted(keep)])
 
@@ -64,7 +65,7 @@ class TokenizedDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         missing = {"prompt_ids", "chosen_ids", "rejected_ids"} - set(dataset.column_names)
-        if missing: raise ValueError(f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with `sample_pairs`.")
+        if missing: raise InputError(f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with `sample_pairs`.")
         return dataset
 
 # %% ../nbs/14_dpo.ipynb #b8f792ed

@@ -14,6 +14,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from scipy import stats
 
+from .errors import InputError
+
 # %% auto #0
 __all__ = ['ESTIMATORS', 'LABELS', 'PALETTE', 'MARKERS', 'in_order', 'use_theme', 'save_figure', 'ratio_interval',
            'bootstrap_interval', 'finding', 'pareto_front', 'front_share']
@@ -44,7 +46,7 @@ def in_order(
     "The estimators that occur, in the order every figure uses. Raises `ValueError` for an unknown one."
     found = set(names)
     if unknown := sorted(map(str, found - set(ESTIMATORS))):
-        raise ValueError(f"unknown estimator {', '.join(map(repr, unknown))}; known are {', '.join(ESTIMATORS)}.")
+        raise InputError(f"unknown estimator {', '.join(map(repr, unknown))}; known are {', '.join(ESTIMATORS)}.")
     return [name for name in ESTIMATORS if name in found]
 
 # %% ../nbs/21_figures.ipynb #e4737679
@@ -67,7 +69,7 @@ def save_figure(
     Raises `ValueError` when there are no numbers to save.
     """
     if not isinstance(data, pd.DataFrame) or data.empty:
-        raise ValueError(f"`data` must be a non-empty DataFrame with the numbers drawn in {Path(stem).name!r}, got "
+        raise InputError(f"`data` must be a non-empty DataFrame with the numbers drawn in {Path(stem).name!r}, got "
                          f"{'an empty one' if isinstance(data, pd.DataFrame) else type(data).__name__}.")
     stem = Path(stem)
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +94,8 @@ def ratio_interval(
     """
     above, below = _finite("numerator", numerator), _finite("denominator", denominator)
     if len(above) != len(below):
-        raise ValueError(f"`numerator` has {len(above)} units and `denominator` {len(below)}; both need one value per unit.")
-    if not 0 < level < 1: raise ValueError(f"`level` is {level}; it must be between 0 and 1, such as 0.95.")
+        raise InputError(f"`numerator` has {len(above)} units and `denominator` {len(below)}; both need one value per unit.")
+    if not 0 < level < 1: raise InputError(f"`level` is {level}; it must be between 0 and 1, such as 0.95.")
     if len(above) == 1: return np.nan, np.nan
     result = stats.bootstrap(
         (above, below), lambda a, b, axis=-1: a.sum(axis) / b.sum(axis), paired=True, vectorized=True, method="percentile",
@@ -103,8 +105,8 @@ def ratio_interval(
 
 def _finite(name: str, values) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not values.size: raise ValueError(f"`{name}` has shape {values.shape}; it must be a non-empty vector.")
-    if not np.isfinite(values).all(): raise ValueError(f"`{name}` has {(~np.isfinite(values)).sum()} values that are NaN or infinite; drop them first.")
+    if values.ndim != 1 or not values.size: raise InputError(f"`{name}` has shape {values.shape}; it must be a non-empty vector.")
+    if not np.isfinite(values).all(): raise InputError(f"`{name}` has {(~np.isfinite(values)).sum()} values that are NaN or infinite; drop them first.")
     return values
 
 # %% ../nbs/21_figures.ipynb #e6640137
@@ -120,7 +122,7 @@ def bootstrap_interval(
     if groups is None: return ratio_interval(values, np.ones(len(values)), level, num_resamples, seed)
     groups = np.asarray(groups)
     if groups.shape != values.shape:
-        raise ValueError(f"`groups` has shape {groups.shape} and `values` {values.shape}; give one group per value.")
+        raise InputError(f"`groups` has shape {groups.shape} and `values` {values.shape}; give one group per value.")
     by_group = pd.Series(values).groupby(groups)
     return ratio_interval(by_group.sum(), by_group.size(), level, num_resamples, seed)
 
@@ -147,7 +149,7 @@ def pareto_front(
 ) -> np.ndarray: # True for runs that no other run beats, (N,)
     "Which runs are on the Pareto front. Raises `ValueError` on bad values or unequal lengths."
     reward, kl = _finite("reward", reward), _finite("kl", kl)
-    if len(reward) != len(kl): raise ValueError(f"`reward` has {len(reward)} runs and `kl` {len(kl)}; both need one value per run.")
+    if len(reward) != len(kl): raise InputError(f"`reward` has {len(reward)} runs and `kl` {len(kl)}; both need one value per run.")
     no_worse = (reward >= reward[:, None]) & (kl <= kl[:, None])  # (N, N): is the column no worse than the row?
     better = (reward > reward[:, None]) | (kl < kl[:, None])
     return ~(no_worse & better).any(1)
@@ -164,8 +166,8 @@ def front_share(
 ) -> pd.DataFrame: # per value of `by`: runs, run_share, front_points, front_share, low, high
     "Share of the Pareto front per estimator, with a bootstrap interval. Raises `ValueError` on missing columns or no runs."
     if missing := {by, "beta", reward, kl} - set(runs.columns):
-        raise ValueError(f"`runs` has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, runs.columns))}.")
-    if runs.empty: raise ValueError("`runs` has no rows; finish some runs first.")
+        raise InputError(f"`runs` has no column {', '.join(sorted(missing))}; it has {', '.join(map(str, runs.columns))}.")
+    if runs.empty: raise InputError("`runs` has no rows; finish some runs first.")
     codes, names = pd.factorize(runs[by], sort=True)
     rewards, kls = runs[reward].to_numpy(float), runs[kl].to_numpy(float)
     cells = [np.asarray(rows) for rows in runs.reset_index().groupby([by, "beta"]).indices.values()]

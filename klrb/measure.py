@@ -15,6 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .errors import InputError
 from .report import (SEQUENCE, TOKEN, Measurement, Result, Saver, figures, finish_saving, heatmap_html, plain_results, prompt_means, running_estimates)
 from .scoring import RolloutStream, check_integer, draw, resolve_divergence
 from .sequential import Interval, Tolerance, cluster_interval, parse_tolerance, sample_until
@@ -30,10 +31,10 @@ def _check_settings(s: dict) -> dict:
     divergence, direction = resolve_divergence(s["divergence"], s["direction"])
     for key, least in (("samples", 1), ("max_samples", 2), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)): check_integer(key, s[key], least)
     for key in ("temperature", "reference_temperature"):
-        if s[key] is not None and not 0 < s[key] < math.inf: raise ValueError(f"`{key}` is {s[key]!r}; it must be positive. Greedy decoding (0) has no density.")
-    if not math.isfinite(s["alpha"]): raise ValueError(f"`alpha` is {s['alpha']!r}; it must be a finite number.")
+        if s[key] is not None and not 0 < s[key] < math.inf: raise InputError(f"`{key}` is {s[key]!r}; it must be positive. Greedy decoding (0) has no density.")
+    if not math.isfinite(s["alpha"]): raise InputError(f"`alpha` is {s['alpha']!r}; it must be a finite number.")
     if s["tolerance"] is not None and s["samples"] is not None:
-        raise ValueError("`samples` fixes the number of rollouts and `tolerance` adapts it; give one of them.")
+        raise InputError("`samples` fixes the number of rollouts and `tolerance` adapts it; give one of them.")
     tolerance = None if s["tolerance"] is None else parse_tolerance(s["tolerance"])
     return s | dict(divergence=divergence, direction=direction, tolerance=tolerance,
                     reference_temperature=s["temperature"] if s["reference_temperature"] is None else s["reference_temperature"])
@@ -61,7 +62,7 @@ class _Run:
 def _check_context(role: str, side: Side, rows: list, steps: int) -> None:
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     if side.context is not None and len(rows[longest]) + steps > side.context:
-        raise ValueError(f"prompt {longest + 1} has {len(rows[longest])} tokens and `max_new_tokens` is {steps}, but the {role}'s context "
+        raise InputError(f"prompt {longest + 1} has {len(rows[longest])} tokens and `max_new_tokens` is {steps}, but the {role}'s context "
                          f"has {side.context} positions; shorten either.")
 
 # %% ../nbs/05_measure.ipynb #a6269784

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel,
                           LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase)
 
+from .errors import InputError, MachineError
 from .fused import LMHead
 from .profiles import packaged_file, split_revision
 
@@ -42,7 +43,7 @@ def pocket_folder() -> Path: # config, weights, tokenizer
     "Where the shipped pocket model lies. Raises `ValueError` when its weights are damaged."
     found = hashlib.sha256((POCKET/"model.safetensors").read_bytes()).hexdigest()
     if found != (expected := pocket_training()["sha256"]):
-        raise ValueError(f"the pocket model has sha256 {found[:12]}…, expected {expected[:12]}…; reinstall klrb.")
+        raise InputError(f"the pocket model has sha256 {found[:12]}…, expected {expected[:12]}…; reinstall klrb.")
     return POCKET
 
 # %% ../nbs/12_models.ipynb #cc4c1a5b
@@ -65,7 +66,7 @@ def cached_model(
                 os.replace(partial, folder)
             finally: shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"caching {gguf.name} in `{cache}` failed ({str(error).splitlines()[0]}); it needs about "
+        raise MachineError(f"caching {gguf.name} in `{cache}` failed ({str(error).splitlines()[0]}); it needs about "
                       f"{6*gguf.stat().st_size/1e6:.0f} MB. Free some space, or set KLRB_MODELS to another folder.") from error
     return folder
 
@@ -99,7 +100,7 @@ def load_tokenizer(
     return tokenizer
 
 def _cannot_load(what: str, name: str, error: Exception) -> ValueError:
-    return ValueError(f"`model` is {name!r}, which is no preset (pocket, smollm2-135m, tiny-random), and loading its {what} failed "
+    return InputError(f"`model` is {name!r}, which is no preset (pocket, smollm2-135m, tiny-random), and loading its {what} failed "
                       f"({str(error).splitlines()[0]}). Give a local folder with safetensors, or a Hub id and a network.")
 
 # %% ../nbs/12_models.ipynb #1b631728
@@ -136,11 +137,11 @@ def check_same_tokenizer(
     if ours != theirs:
         differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         shown = "; ".join(f"{t!r}: {ours.get(t, 'absent')} and {theirs.get(t, 'absent')}" for t in differing[:3])
-        raise ValueError(f"policy and reference tokenizers differ in {len(differing):,} entries ({shown}); "
+        raise InputError(f"policy and reference tokenizers differ in {len(differing):,} entries ({shown}); "
                          "a KL divergence needs one vocabulary: take both models from one base.")
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(policy_tokenizer, name) != getattr(ref_tokenizer, name):
-            raise ValueError(f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
+            raise InputError(f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
                              f"{getattr(ref_tokenizer, name)} for the reference; completions would end at different tokens.")
 
 def check_context(
@@ -153,7 +154,7 @@ def check_context(
     context = getattr(model.config, "max_position_embeddings", None)
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
     if context is not None and max(lengths) + max_completion_length > context:
-        raise ValueError(f"the longest prompt has {max(lengths)} tokens and `max_completion_length` is {max_completion_length}, "
+        raise InputError(f"the longest prompt has {max(lengths)} tokens and `max_completion_length` is {max_completion_length}, "
                          f"but the context has {context} positions; shorten either.")
 
 # %% ../nbs/12_models.ipynb #f2b60c99
@@ -249,10 +250,10 @@ def lm_head(
     "The head of a language model, sharing its parameters. Raises `ValueError` for a head that is more than one matrix."
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if hasattr(head, "base_layer"):
-        raise ValueError("`model` has an adapter on its head, which `lm_head` would leave out; take the head out of the adapter's "
+        raise InputError("`model` has an adapter on its head, which `lm_head` would leave out; take the head out of the adapter's "
                          "`target_modules`, or train it in full (`modules_to_save`).")
     if getattr(head, "weight", None) is None or head.weight.dim() != 2:
-        raise ValueError(f"`model` has the head {type(head).__name__}, without a weight of shape (V, H); the fused kernel needs one.")
+        raise InputError(f"`model` has the head {type(head).__name__}, without a weight of shape (V, H); the fused kernel needs one.")
     scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))  # Cohere; Granite
     return LMHead(head.weight, getattr(head, "bias", None), scale if scale is not None else 1 / (divisor or 1.),
                   getattr(config, "final_logit_softcapping", None))  # Gemma 2
@@ -276,7 +277,7 @@ def check_lm_head(
         ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
         if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
         if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
-    raise ValueError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
+    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
                      "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
 
 # %% ../nbs/12_models.ipynb #c3dd3cdb

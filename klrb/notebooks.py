@@ -28,6 +28,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
+from .errors import InputError, MissingFileError, StateError
 from .profiles import PACKAGED, PROFILES, Profile, hub_folder, packaged_file, to_toml
 from .runs import (Run, code_digest, content_digest, digest, environment, locked, manifest, read_record, text_digest,
                        write_atomic)
@@ -51,24 +52,24 @@ def read_template(
 ) -> Template:
     "Read and check an experiment notebook. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"no notebook `{path}`; give the path of an .ipynb file, e.g. in a clone of the repository.")
+    if not path.is_file(): raise MissingFileError(f"no notebook `{path}`; give the path of an .ipynb file, e.g. in a clone of the repository.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
         sources = ["".join(cell["source"]) for cell in cells]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`{path.name}` is not a notebook ({type(error).__name__}: {str(error)[:60]}); give an .ipynb file of format 4.") from None
+        raise InputError(f"`{path.name}` is not a notebook ({type(error).__name__}: {str(error)[:60]}); give an .ipynb file of format 4.") from None
     if (language := content["metadata"].get("kernelspec", {}).get("language", "python")) != "python":
-        raise ValueError(f"`{path.name}` is written in {language}; the runner starts Python kernels.")
+        raise InputError(f"`{path.name}` is written in {language}; the runner starts Python kernels.")
     if len(tagged) != 1:
-        raise ValueError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; without it papermill could not set any.")
+        raise InputError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; without it papermill could not set any.")
     for cell in cells: cell.update(outputs=[], execution_count=None)
     found = pm.inspect_notebook(str(path))
     try: known = {name: (_type_of(o), ast.literal_eval(o["default"])) for name, o in found.items()}
     except (ValueError, SyntaxError):
-        raise ValueError(f"`{path.name}` has a default that is no literal; give numbers, strings, True or False.") from None
-    if "out_dir" not in known: raise ValueError(f"`{path.name}` has no parameter `out_dir`; the runner could not tell it where to write.")
+        raise InputError(f"`{path.name}` has a default that is no literal; give numbers, strings, True or False.") from None
+    if "out_dir" not in known: raise InputError(f"`{path.name}` has no parameter `out_dir`; the runner could not tell it where to write.")
     return Template(path, json.dumps(content), known, "\n".join(sources))
 
 def _type_of(parameter: dict) -> str:
@@ -85,10 +86,10 @@ def read_value(
 ): # the value in the notebook's type
     "Check a parameter's name and value. Raises `ValueError` naming both and what is known."
     if name not in template.known:
-        raise ValueError(f"`{template.path.name}` has no parameter '{name}'; it has {', '.join(template.known)}.")
-    if name in _FOLDERS: raise ValueError(f"`{name}` is set by the runner; leave it out of the grid.")
+        raise InputError(f"`{template.path.name}` has no parameter '{name}'; it has {', '.join(template.known)}.")
+    if name in _FOLDERS: raise InputError(f"`{name}` is set by the runner; leave it out of the grid.")
     kind = template.known[name][0]
-    wrong = ValueError(f"`{name}` is {value!r}, but `{template.path.name}` wants {kind}.")
+    wrong = InputError(f"`{name}` is {value!r}, but `{template.path.name}` wants {kind}.")
     if kind == "str":
         if not isinstance(value, str): raise wrong
         return value
@@ -110,13 +111,13 @@ def read_grid(
     "Every combination of values. Raises `ValueError` for an unknown name, a wrong type, an empty grid or a duplicate."
     grid = {name: [read_value(template, name, value) for value in values] for name, values in grid.items()}
     for name, values in grid.items():
-        if not values: raise ValueError(f"`{name}` has no values; give at least one, e.g. {name}={template.known[name][1]}.")
+        if not values: raise InputError(f"`{name}` has no values; give at least one, e.g. {name}={template.known[name][1]}.")
         if len(set(values)) < len(values):
-            raise ValueError(f"`{name}` has a value twice ({', '.join(map(str, values))}); a run is made once.")
+            raise InputError(f"`{name}` has a value twice ({', '.join(map(str, values))}); a run is made once.")
     if seeds is not None:
-        if seeds < 1: raise ValueError(f"`seeds` is {seeds}; give at least 1.")
-        if "seed" in grid: raise ValueError("`seed` is in the grid and `seeds` is given; use one of them.")
-        if "seed" not in template.known: raise ValueError(f"`{template.path.name}` has no parameter 'seed', so `seeds` cannot be set.")
+        if seeds < 1: raise InputError(f"`seeds` is {seeds}; give at least 1.")
+        if "seed" in grid: raise InputError("`seed` is in the grid and `seeds` is given; use one of them.")
+        if "seed" not in template.known: raise InputError(f"`{template.path.name}` has no parameter 'seed', so `seeds` cannot be set.")
         grid = {"seed": list(range(seeds))} | grid
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
@@ -129,9 +130,9 @@ def parse_grid(
     for item in items:
         name, equals, values = item.partition("=")
         name, values = name.strip(), [value.strip() for value in values.split(",")]
-        if not (equals and name and all(values)): raise ValueError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
+        if not (equals and name and all(values)): raise InputError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
         if name in grid:
-            raise ValueError(f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}.")
+            raise InputError(f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}.")
         grid[name] = values
     return grid
 
@@ -147,7 +148,7 @@ def _files(name: str, kind: str) -> Path | None:
     if name in PACKAGED: return packaged_file(name)
     if Path(name).exists(): return Path(name)
     try: return hub_folder(name, kind)
-    except FileNotFoundError as error: raise ValueError(f"`{name}` is neither a preset nor a local path, and {error}.") from None
+    except FileNotFoundError as error: raise InputError(f"`{name}` is neither a preset nor a local path, and {error}.") from None
 
 def _settings(profile: Profile) -> dict: return {k: v for k, v in asdict(profile).items() if k not in _GRID | _TIMES}
 
@@ -271,7 +272,7 @@ def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Cal
     in_context = Context().run  # Jupyter keeps its event loop in the context, which threads of one worker may share
     in_context(pm.execute_notebook, str(run.notebook), str(run.folder/"executed.ipynb"), engine_name="klrb", kernel_name="python3",
                progress_bar=False, parameters={**run.parameters, **run.folders, "out_dir": str(run.folder)}, started=started, popen=popen)
-    if not (run.folder/"result.json").is_file(): raise RuntimeError("the notebook ended without writing result.json")
+    if not (run.folder/"result.json").is_file(): raise StateError("the notebook ended without writing result.json")
 
 # %% ../nbs/17_notebooks.ipynb #5eeb9196
 def execute(
@@ -322,7 +323,7 @@ def _attempt(run: Run, attempts: list[dict], descriptor: int, threads: int | Non
 def _start(run: Run) -> None:
     source = "\n".join("".join(o["source"]) for o in json.loads(run.notebook.read_text())["cells"] if o["cell_type"] == "code")
     if code_digest(source) != run.facts["code"]:
-        raise RuntimeError("the code of klrb here is not that of the sweep; it was edited, or this machine has another version")
+        raise StateError("the code of klrb here is not that of the sweep; it was edited, or this machine has another version")
     for stale in [*run.folder.glob("*.tmp"), run.folder/"result.json"]: stale.unlink(missing_ok=True)
     write_atomic(run.folder/"params.json", json.dumps(run.parameters, indent=1))
     write_atomic(run.folder/"environment.json", json.dumps(environment(), indent=1))

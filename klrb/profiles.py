@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from .errors import InputError, MissingFileError
+
 # %% auto #0
 __all__ = ['PACKAGED', 'PROFILES', 'DOWNLOADS', 'Profile', 'PackagedFile', 'packaged_file', 'get_profile', 'to_toml',
            'expected_minutes', 'in_words', 'check_device', 'split_revision', 'hub_folder', 'download_command',
@@ -103,14 +105,14 @@ def packaged_file(
     known = PACKAGED[name]
     try: files = distribution(known.package).files or []
     except PackageNotFoundError:
-        raise FileNotFoundError(f"{name!r} is not installed; run `{known.install}`, or give a local file or folder, or a Hub id, "
+        raise MissingFileError(f"{name!r} is not installed; run `{known.install}`, or give a local file or folder, or a Hub id, "
                                 "in the profile instead.") from None
     path = next((Path(f.locate()) for f in files if f.name == known.file), None)
     again = known.install.replace("install", "install --force-reinstall")
-    if path is None or not path.is_file(): raise FileNotFoundError(f"the installed {known.package} has no {known.file}; run `{again}`.")
+    if path is None or not path.is_file(): raise MissingFileError(f"the installed {known.package} has no {known.file}; run `{again}`.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != known.sha256:
-        raise ValueError(f"`{known.file}` has sha256 {found[:12]}…, expected {known.sha256[:12]}…; it is damaged or of another "
+        raise InputError(f"`{known.file}` has sha256 {found[:12]}…, expected {known.sha256[:12]}…; it is damaged or of another "
                          f"version: run `{again}`.")
     return path
 
@@ -158,13 +160,13 @@ def get_profile(
     """
     if str(name).endswith(".toml"): return _replaced(_read_toml(Path(name)), str(name), overrides)
     if name not in PROFILES:
-        raise ValueError(f"`profile` is {name!r}; known profiles are {', '.join(PROFILES)}, or give the path of a .toml file.")
+        raise InputError(f"`profile` is {name!r}; known profiles are {', '.join(PROFILES)}, or give the path of a .toml file.")
     return _replaced(PROFILES[name], name, overrides)
 
 def _replaced(profile: Profile, name: str, settings: dict) -> Profile:
     known = {f.name for f in fields(Profile)}
     if unknown := sorted(set(settings) - known):
-        raise ValueError(f"unknown setting {', '.join(map(repr, unknown))} for profile {name!r}; "
+        raise InputError(f"unknown setting {', '.join(map(repr, unknown))} for profile {name!r}; "
                          f"known settings are {', '.join(sorted(known))}.")
     profile = replace(profile, **settings)
     _check(profile)
@@ -174,13 +176,13 @@ def _replaced(profile: Profile, name: str, settings: dict) -> Profile:
 def _read_toml(path: Path) -> Profile:
     import tomllib  # Python 3.11, as the study needs anyway
     want = "give a .toml file with `base = \"paper\"`, or another preset, and the settings to replace"
-    if not path.is_file(): raise FileNotFoundError(f"`profile` is {str(path)!r}, which does not exist; {want}.")
+    if not path.is_file(): raise MissingFileError(f"`profile` is {str(path)!r}, which does not exist; {want}.")
     try: given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"`{path.name}` is not TOML ({error}); {want}.") from None
+    except ValueError as error: raise InputError(f"`{path.name}` is not TOML ({error}); {want}.") from None
     base = given.pop("base", None)
     if base not in PROFILES:
-        raise ValueError(f"`base` in `{path.name}` is {base if base is None else repr(base)}; give one of {', '.join(PROFILES)}.")
-    if "name" in given: raise ValueError(f"`name` in `{path.name}` is {given['name']!r}; leave it out, the file's name is the profile's.")
+        raise InputError(f"`base` in `{path.name}` is {base if base is None else repr(base)}; give one of {', '.join(PROFILES)}.")
+    if "name" in given: raise InputError(f"`name` in `{path.name}` is {given['name']!r}; leave it out, the file's name is the profile's.")
     preset = asdict(PROFILES[base])
     given = {key: _typed(path, key, value, preset[key]) if key in preset else value for key, value in given.items()}
     for key in {"model", "reward", "reviews"} & set(given):
@@ -192,7 +194,7 @@ def _typed(path: Path, key: str, value, like):
     if type(like) is float and type(value) is int: value = float(value)
     if type(value) is type(like) and (type(value) is not float or math.isfinite(value)): return value
     example = json.dumps(like) if not isinstance(like, tuple) else json.dumps(list(like))
-    raise ValueError(f"`{key}` in `{path.name}` is {value!r}; it must be of type {type(like).__name__}, as {key} = {example}.")
+    raise InputError(f"`{key}` in `{path.name}` is {value!r}; it must be of type {type(like).__name__}, as {key} = {example}.")
 
 # %% ../nbs/10_profiles.ipynb #96e3d1fb
 def to_toml(
@@ -206,20 +208,20 @@ def to_toml(
 def _check(profile: Profile) -> None:
     shortest, longest = profile.prompt_tokens if len(profile.prompt_tokens) == 2 else (0, 0)
     if profile.num_generations < 2:
-        raise ValueError(f"`num_generations` is {profile.num_generations}; leave-one-out needs at least 2.")
+        raise InputError(f"`num_generations` is {profile.num_generations}; leave-one-out needs at least 2.")
     if profile.batch_size % profile.num_generations:
-        raise ValueError(f"`batch_size` is {profile.batch_size}, not a multiple of `num_generations` "
+        raise InputError(f"`batch_size` is {profile.batch_size}, not a multiple of `num_generations` "
                          f"({profile.num_generations}); all completions of a prompt go into one update.")
     if few := [key for key in ("batch_size", "updates", "seeds", "max_completion_length", "num_iterations") if getattr(profile, key) < 1]:
-        raise ValueError(f"`{few[0]}` is {getattr(profile, few[0])}; give at least 1.")
-    if profile.device not in ("cpu", "cuda"): raise ValueError(f"`device` is {profile.device!r}; give \"cpu\" or \"cuda\".")
+        raise InputError(f"`{few[0]}` is {getattr(profile, few[0])}; give at least 1.")
+    if profile.device not in ("cpu", "cuda"): raise InputError(f"`device` is {profile.device!r}; give \"cpu\" or \"cuda\".")
     if profile.beta < 0 or any(b < 0 for b in profile.betas):
-        raise ValueError(f"`beta` is {profile.beta} and `betas` {profile.betas}; the KL weight must be >= 0.")
+        raise InputError(f"`beta` is {profile.beta} and `betas` {profile.betas}; the KL weight must be >= 0.")
     if not 1 <= shortest <= longest:
-        raise ValueError(f"`prompt_tokens` is {profile.prompt_tokens}; give (shortest, longest) with 1 <= shortest <= longest.")
-    if profile.judge not in ("", "tfidf"): raise ValueError(f"`judge` is {profile.judge!r}; it must be \"tfidf\" or empty.")
+        raise InputError(f"`prompt_tokens` is {profile.prompt_tokens}; give (shortest, longest) with 1 <= shortest <= longest.")
+    if profile.judge not in ("", "tfidf"): raise InputError(f"`judge` is {profile.judge!r}; it must be \"tfidf\" or empty.")
     if max(profile.variance_sizes) > profile.variance_completions:
-        raise ValueError(f"`variance_sizes` goes up to {max(profile.variance_sizes)}, more than "
+        raise InputError(f"`variance_sizes` goes up to {max(profile.variance_sizes)}, more than "
                          f"`variance_completions` ({profile.variance_completions}) samples per prompt.")
 
 # %% ../nbs/10_profiles.ipynb #5e84e98e
@@ -251,7 +253,7 @@ def check_device(
     import torch  # late: the profiles are also read by the command line's help
     if profile.device != "cuda" or torch.cuda.is_available(): return
     stages, runs = expected_minutes(replace(profile, device="cpu"), workers=2)
-    raise ValueError(f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU cores an update would take "
+    raise InputError(f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU cores an update would take "
                      f"about {profile.cpu_update_seconds:.0f} s, a run {in_words(profile.updates*profile.cpu_update_seconds/60)} and "
                      f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a file mine.toml with "
                      f"base = \"{profile.name if profile.name in PROFILES else 'paper'}\" and device = \"cpu\".")
@@ -276,11 +278,11 @@ def hub_folder(
     repository, revision = split_revision(name)
     try: folder = Path(snapshot_download(repository, revision=revision, repo_type=kind, allow_patterns=_READABLE))
     except (OSError, ValueError) as error:  # an unreachable Hub, an unknown id
-        raise FileNotFoundError(f"the Hub does not give it: {str(error).splitlines()[0][:80]}; where there is a network, run "
+        raise MissingFileError(f"the Hub does not give it: {str(error).splitlines()[0][:80]}; where there is a network, run "
                                 f"`{download_command(name, kind)}`") from None
     wanted = ("*.safetensors",) if kind == "model" else ("*.parquet", "*.csv")
     if any(path for pattern in wanted for path in folder.rglob(pattern)): return folder
-    raise FileNotFoundError(f"the copy here has no {' or '.join(wanted)}; run `{download_command(name, kind)}`"
+    raise MissingFileError(f"the copy here has no {' or '.join(wanted)}; run `{download_command(name, kind)}`"
                             + (", and convert pickled weights once, as the notebook 10_profiles shows" if kind == "model" else ""))
 
 def download_command(name: str, kind: str = "model") -> str: # for a shell
@@ -310,7 +312,7 @@ def check_downloads(
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false") else ""
     commands = "; ".join(f"{download_command(name, kind)} ({size(name)})" for name, kind in missing.items())
     keys = [f'{key} = "/path/to/it"' for key in ("model", "reward", "reviews") if getattr(profile, key) in missing]
-    raise ValueError(f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no {', '.join(missing)}{offline}. "
+    raise InputError(f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no {', '.join(missing)}{offline}. "
                      f"Where there is a network, run: {commands}. For local copies give --profile a file mine.toml with: "
                      f"base = \"{profile.name if profile.name in PROFILES else 'paper'}\"; {'; '.join(keys)}.")
 

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from .errors import InputError
 from .figures import LABELS, MARKERS, PALETTE, save_figure
 from .runs import write_atomic
 from .sequential import Interval, cluster_interval
@@ -79,7 +80,7 @@ class Result:
         unit: str|None = None, # one of `units`; None: the first
     ) -> Interval:
         "One estimate with its 95 % interval."
-        if estimator not in self.estimators: raise ValueError(f"`estimator` is {estimator!r}; here it must be one of {', '.join(self.estimators)}.")
+        if estimator not in self.estimators: raise InputError(f"`estimator` is {estimator!r}; here it must be one of {', '.join(self.estimators)}.")
         unit, frame = unit or self.units[0], self.rollouts
         return cluster_interval(frame[estimator], None if unit == SEQUENCE else frame.length, frame.prompt if self.num_prompts > 1 else None)
 
@@ -257,11 +258,11 @@ class Saver:
     def __post_init__(self):
         self.out = Path(self.out)
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-            raise ValueError(f"`save` is {str(self.out)!r}, which is {'a file' if self.out.is_file() else 'not empty'}; give a new folder.")
+            raise InputError(f"`save` is {str(self.out)!r}, which is {'a file' if self.out.is_file() else 'not empty'}; give a new folder.")
         try:
             (self.out/self.name).mkdir(parents=True)
             self.status("partial", {})
-        except OSError as error: raise ValueError(f"`save` is {str(self.out)!r}, which cannot be written ({error.strerror}).") from None
+        except OSError as error: raise InputError(f"`save` is {str(self.out)!r}, which cannot be written ({error.strerror}).") from None
 
     def status(self, status: str, results: dict) -> None:
         "Write `measurement.json`."

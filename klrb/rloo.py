@@ -30,6 +30,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import disable_dropout_in_model
 
+from .errors import InputError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
 from .models import causal_lm, check_lm_head, completion_hidden, lm_head, sample_rollouts, step_inputs
@@ -51,10 +52,10 @@ class RBRLOOConfig(RLOOConfig):
 
     def __post_init__(self):
         if self.kl_estimator not in UNBIASED:
-            raise ValueError(f"`kl_estimator` is {self.kl_estimator!r}; the unbiased methods are {', '.join(UNBIASED)}.")
-        if self.beta < 0: raise ValueError(f"`beta` is {self.beta}; the weight of the KL penalty must be >= 0.")
+            raise InputError(f"`kl_estimator` is {self.kl_estimator!r}; the unbiased methods are {', '.join(UNBIASED)}.")
+        if self.beta < 0: raise InputError(f"`beta` is {self.beta}; the weight of the KL penalty must be >= 0.")
         if self.num_generations < 2:
-            raise ValueError(f"`num_generations` is {self.num_generations}; leave-one-out needs at least 2 completions per prompt.")
+            raise InputError(f"`num_generations` is {self.num_generations}; leave-one-out needs at least 2 completions per prompt.")
         super().__post_init__()
 
 # %% ../nbs/15_rloo.ipynb #37725ed2
@@ -91,15 +92,15 @@ class RBRLOOTrainer(RLOOTrainer):
 
 def _check_models(model, ref_model, peft_config, args):
     if ref_model is None and peft_config is None and not is_peft_model(model):
-        raise ValueError("`ref_model` is None, but `model` has no adapters that could be switched off to make the reference; "
+        raise InputError("`ref_model` is None, but `model` has no adapters that could be switched off to make the reference; "
                          "give the reference, or a PEFT model, or a `peft_config`.")
     if ref_model is not None and (ours := model.config.vocab_size) != (theirs := ref_model.config.vocab_size):
-        raise ValueError(f"`model` has {ours:,} tokens and `ref_model` {theirs:,}; a KL needs one vocabulary.")
+        raise InputError(f"`model` has {ours:,} tokens and `ref_model` {theirs:,}; a KL needs one vocabulary.")
     if (local_batch := args.per_device_train_batch_size * args.steps_per_generation) % args.num_generations:
-        raise ValueError(f"one device generates {local_batch} completions, not a multiple of `num_generations` "
+        raise InputError(f"one device generates {local_batch} completions, not a multiple of `num_generations` "
                          f"({args.num_generations}); the completions of a prompt must stay on one device.")
     if is_deepspeed_zero3_enabled():
-        raise ValueError("DeepSpeed ZeRO-3 shards the heads, which the fused kernel reads again in the backward pass; use ZeRO-2.")
+        raise InputError("DeepSpeed ZeRO-3 shards the heads, which the fused kernel reads again in the backward pass; use ZeRO-2.")
 
 # %% ../nbs/15_rloo.ipynb #eb1b8010
 def _add_hidden_forward(model: PreTrainedModel) -> None:
@@ -144,7 +145,7 @@ RBRLOOTrainer._score, RBRLOOTrainer._on_reference = _score, _on_reference
 def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
                                        compute_entropy=False, compute_aux_loss=False, **forward_kwargs):
     if given := [name for name, value in forward_kwargs.items() if value is not None]:
-        raise ValueError(f"RBRLOOTrainer is for text models; it got {', '.join(given)}.")
+        raise InputError(f"RBRLOOTrainer is for text models; it got {', '.join(given)}.")
     prompt_length = input_ids.shape[1] - logits_to_keep
     rollouts = [part for o in (input_ids, attention_mask) for part in (o[:, :prompt_length], o[:, prompt_length:])]
     rollouts = rollouts[0], rollouts[2], rollouts[1], rollouts[3]
@@ -174,7 +175,7 @@ def _generate_and_score_completions(self, inputs):
     self._scores = self._ref_hidden = None
     for name in ("policy_logprobs", "ref_logprobs", "step_kl"):
         if (bad := ~getattr(scores, name).isfinite()).any():
-            raise FloatingPointError(f"`{name}` is {getattr(scores, name)[bad][0]} at update {self.state.global_step + 1}; the metrics "
+            raise NotFiniteError(f"`{name}` is {getattr(scores, name)[bad][0]} at update {self.state.global_step + 1}; the metrics "
                                      "before it are kept. Lower the learning rate, or take a reference that excludes no token.")
     prompt_index = torch.arange(len(mask), device=mask.device) // group
     baseline = (kl_baseline(self.kl_estimator, scores.policy_logprobs, scores.ref_logprobs, mask, scores.step_kl, prompt_index)
@@ -212,7 +213,7 @@ class _ResumeOrder(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         every = args.num_iterations * args.steps_per_generation
         if state.global_step * args.gradient_accumulation_steps % every:
-            raise ValueError(f"the checkpoint is from update {state.global_step}, in the middle of a generation batch; save at multiples "
+            raise InputError(f"the checkpoint is from update {state.global_step}, in the middle of a generation batch; save at multiples "
                              f"of {math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps} updates.")
         for _ in range(int(state.epoch or 0)): next(iter(self.trainer._sampler))  # draws one epoch's order
 
@@ -222,7 +223,7 @@ RBRLOOTrainer._get_train_sampler = _get_train_sampler
 def _batch_per_process(profile: Profile) -> int:
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch` and `torchrun`
     if profile.batch_size % (processes * profile.num_generations):
-        raise ValueError(f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
+        raise InputError(f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
                          f"{profile.num_generations} completions; take a number of processes that divides "
                          f"{profile.batch_size // profile.num_generations}, or another batch size.")
     return profile.batch_size // processes
@@ -410,14 +411,14 @@ class _StopWhenNotFinite(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "reward", "kl_sequence_rb", "grad_norm"):
             if (value := logs.get(name, 0.)) is None or not math.isfinite(value):  # TRL logs None for NaN
-                raise FloatingPointError(_NOT_FINITE.format(name, value, state.global_step, "Lower the learning rate or raise `beta`."))
+                raise NotFiniteError(_NOT_FINITE.format(name, value, state.global_step, "Lower the learning rate or raise `beta`."))
 
 def _finite(reward):
     @functools.wraps(reward)
     def checked(completions, **kwargs):
         for completion, value in zip(completions, values := reward(completions=completions, **kwargs)):
             if not math.isfinite(value):
-                raise FloatingPointError(_NOT_FINITE.format("reward", value, kwargs["trainer_state"].global_step + 1,
+                raise NotFiniteError(_NOT_FINITE.format("reward", value, kwargs["trainer_state"].global_step + 1,
                                                             f"The completion is {completion!r}."))
         return values
     return checked

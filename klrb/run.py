@@ -18,6 +18,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
 
+from .errors import InputError, MissingFileError
 from .models import check_same_tokenizer, load_model, load_tokenizer
 from .profiles import Profile
 from .reward import load_judge, load_reward
@@ -70,9 +71,9 @@ def rloo_run(
     """
     prepared, out = Path(prepared), Path(out)
     beta, updates = profile.beta if beta is None else beta, updates or profile.updates
-    if start not in ("reference", "dpo"): raise ValueError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")
+    if start not in ("reference", "dpo"): raise InputError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")
     if not (prepared/"evaluation_prompts.parquet").is_file() or not (prepared/"rloo_prompts.parquet").is_file():
-        raise FileNotFoundError(f"`prepare_dir` ({prepared.name}) is not finished; run the prepare experiment first.")
+        raise MissingFileError(f"`prepare_dir` ({prepared.name}) is not finished; run the prepare experiment first.")
     config = rloo_config(profile, out/"trainer", kl_estimator, beta, seed, updates, save_every)
     set_seed(seed)
     policy, reference, tokenizer, reward, judge, prompts, evaluation_prompts = _load(profile, prepared, start, config.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from .errors import InputError, OutOfMemoryError
 from .models import completion_logits, sample_completions, token_logprobs
 from .sources import Side
 from .steps import COMPILE_FROM, DIVERGENCES, k3, step_divergence
@@ -29,7 +30,7 @@ def common_width(first: Side, second: Side) -> int: # V
     "Ids that both sides give logits for. Raises `ValueError` when the tokenizer has more."
     widths = [o.model.config.get_text_config().vocab_size for o in (first, second)]
     if (wanted := max(first.tokenizer.get_vocab().values()) + 1) > min(widths):
-        raise ValueError(f"the tokenizer has ids up to {wanted - 1:,}, but the models' logits have {widths[0]:,} and {widths[1]:,} "
+        raise InputError(f"the tokenizer has ids up to {wanted - 1:,}, but the models' logits have {widths[0]:,} and {widths[1]:,} "
                          "entries; model and tokenizer do not belong together.")
     return min(widths)
 
@@ -50,9 +51,9 @@ def resolve_divergence(
 ) -> tuple[str, str]: # a key of `DIVERGENCES` other than "forward_kl", and the direction
     "The divergence and the direction to measure. Raises `ValueError` for unknown ones."
     name = ALIASES.get(divergence, divergence)
-    if name not in DIVERGENCES: raise ValueError(f"`divergence` is {name!r}; it must be one of {', '.join([*DIVERGENCES, *ALIASES])}.")
+    if name not in DIVERGENCES: raise InputError(f"`divergence` is {name!r}; it must be one of {', '.join([*DIVERGENCES, *ALIASES])}.")
     swapped = dict(reverse="forward", forward="reverse", both="both")
-    if direction not in swapped: raise ValueError(f"`direction` is {direction!r}; it must be reverse, forward or both.")
+    if direction not in swapped: raise InputError(f"`direction` is {direction!r}; it must be reverse, forward or both.")
     return ("kl", swapped[direction]) if name == "forward_kl" else (name, direction)
 
 def check_integer(
@@ -62,7 +63,7 @@ def check_integer(
 ) -> None:
     "Raise `ValueError` unless `value` is an integer of at least `least`."
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
+        raise InputError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
 
 # %% ../nbs/08_scoring.ipynb #7aeebb72
 class _Checked(LogitsProcessor):
@@ -76,7 +77,7 @@ class _Checked(LogitsProcessor):
         return scores if scores.shape[1] == self.width else scores.index_fill(1, torch.arange(self.width, scores.shape[1], device=scores.device), -torch.inf)
 
 def _nan_error(side: str, prompt: int, text: str, step: int) -> ValueError:
-    return ValueError(f"the {side} gives NaN logits at prompt {prompt + 1} ({text[:40]!r}), step {step + 1}; its weights or its "
+    return InputError(f"the {side} gives NaN logits at prompt {prompt + 1} ({text[:40]!r}), step {step + 1}; its weights or its "
                       "number format are broken. Try `dtype` float32, or another checkpoint.")
 
 @contextmanager
@@ -86,7 +87,7 @@ def memory_errors(batch_tokens: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         told = ("out of memory", "can't allocate memory", "not enough memory")
         if type(error) is RuntimeError and not any(o in str(error).lower() for o in told): raise
-        raise MemoryError(f"out of memory with `batch_tokens` = {batch_tokens:,}; give a smaller one, or a smaller `dtype`.") from error
+        raise OutOfMemoryError(f"out of memory with `batch_tokens` = {batch_tokens:,}; give a smaller one, or a smaller `dtype`.") from error
 
 # %% ../nbs/08_scoring.ipynb #bcffe4b1
 @dataclass
@@ -170,7 +171,7 @@ class RolloutStream:
         self.width, self.ends = common_width(*self.sides), end_tokens(*self.sides)
         longest = max(len(row) for side in self.prompts for row in side) + self.max_new_tokens
         if longest > self.batch_tokens:
-            raise ValueError(f"`batch_tokens` is {self.batch_tokens:,}, but one rollout has up to {longest:,} tokens; give at least that many.")
+            raise InputError(f"`batch_tokens` is {self.batch_tokens:,}, but one rollout has up to {longest:,} tokens; give at least that many.")
         self.batch_rows = self.batch_tokens//longest
         self.by_position = np.zeros((2, len(self.order), self.max_new_tokens))  # sum and count, per prompt and position
         self.square = np.zeros(self.max_new_tokens)

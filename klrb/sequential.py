@@ -14,6 +14,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
+from .errors import InputError
+
 # %% auto #0
 __all__ = ['SKEWNESS_FACTOR', 'FIRST_ROUND', 'Interval', 'cluster_interval', 'Tolerance', 'parse_tolerance', 'next_size',
            'sample_until']
@@ -57,7 +59,7 @@ def cluster_interval(
     values = np.asarray(values, float)
     lengths = np.ones_like(values) if lengths is None else np.asarray(lengths, float)
     if not len(values) or lengths.shape != values.shape:
-        raise ValueError(f"`values` has shape {values.shape} and `lengths` {lengths.shape}; both must be (N,), with N of at least 1.")
+        raise InputError(f"`values` has shape {values.shape} and `lengths` {lengths.shape}; both must be (N,), with N of at least 1.")
     mean = values.sum()/lengths.sum()
     sums = _cluster_sums(values, lengths, clusters) if np.isfinite(mean) else np.zeros(1)
     m = len(sums)
@@ -97,7 +99,7 @@ def parse_tolerance(
     try: value = float(match[1])
     except (TypeError, ValueError): value = math.nan
     if not 0 < value < math.inf:
-        raise ValueError(f"`tolerance` is {text!r}; it must be a positive number of nats such as 0.05, or a percentage such as 5%.")
+        raise InputError(f"`tolerance` is {text!r}; it must be a positive number of nats such as 0.05, or a percentage such as 5%.")
     return Tolerance(value/100, True) if match[2] else Tolerance(value)
 
 # %% ../nbs/06_sequential.ipynb #f863a64b

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from .errors import InputError
 from .models import token_logprobs
 from .profiles import Profile
 
@@ -64,7 +65,7 @@ def train_sft(
     seed: int = 0, # of the order
 ) -> tuple[PreTrainedModel, list[dict]]: # the model, in evaluation mode, and the trainer's log
     "Fine-tune a language model on beginnings of reviews. Raises `ValueError` when the profile asks for no update."
-    if profile.sft_updates < 1: raise ValueError(f"`sft_updates` is {profile.sft_updates}; give at least 1, or leave the model as it is.")
+    if profile.sft_updates < 1: raise InputError(f"`sft_updates` is {profile.sft_updates}; give at least 1, or leave the model as it is.")
     rows = beginnings(texts[:profile.sft_updates * profile.sft_batch_size], tokenizer, profile.sft_tokens)
     config = SFTConfig(
         output_dir=str(out_dir), max_steps=profile.sft_updates, per_device_train_batch_size=profile.sft_batch_size,

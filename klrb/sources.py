@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .errors import InputError, InputTypeError
 from .models import check_same_tokenizer, load_model, load_tokenizer
 
 # %% auto #0
@@ -78,19 +79,19 @@ def pick_device(
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try: return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"`device` is {device!r}, which is not available ({_first_line(error)}); use auto, cpu, cuda or mps.") from None
+        raise InputError(f"`device` is {device!r}, which is not available ({_first_line(error)}); use auto, cpu, cuda or mps.") from None
 
 def _first_line(error: Exception) -> str: return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 def _check_exists(name: str) -> None:
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
-    if looks_local and not path.exists(): raise ValueError(f"`model` is {name!r}, and there is no such file or folder.")
+    if looks_local and not path.exists(): raise InputError(f"`model` is {name!r}, and there is no such file or folder.")
     if path.suffix == ".gguf" and find_spec("gguf") is None:
-        raise ValueError(f"`model` is {name!r}; reading GGUF files needs the gguf package: pip install klrb[gguf]")
+        raise InputError(f"`model` is {name!r}; reading GGUF files needs the gguf package: pip install klrb[gguf]")
     if path.is_dir() and not (path/"config.json").exists():
         hint = "is an adapter: write BASE+ADAPTER" if (path/"adapter_config.json").exists() else "has no config.json; give a folder that save_pretrained wrote"
-        raise ValueError(f"`model` is {name!r}, which {hint}.")
+        raise InputError(f"`model` is {name!r}, which {hint}.")
 
 # %% ../nbs/07_sources.ipynb #7549b200
 def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
@@ -101,7 +102,7 @@ def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
         tokenizer = AutoTokenizer.from_pretrained(where, **settings)
         return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
-        raise ValueError(f"`model` is {name!r}, and loading it failed: {_first_line(error)} Give a folder with config.json, "
+        raise InputError(f"`model` is {name!r}, and loading it failed: {_first_line(error)} Give a folder with config.json, "
                          "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a network or a filled cache).") from error
 
 def load_named(
@@ -111,14 +112,14 @@ def load_named(
     trust_remote_code: bool = False, # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, and its tokenizer
     "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights are missing."
-    if dtype not in DTYPES: raise ValueError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if dtype not in DTYPES: raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     place = pick_device(device)
     if name in ("pocket", "tiny-random"):
         return load_model(name).to(place, getattr(torch, dtype)), load_tokenizer(name)
     _check_exists(name)
     tokenizer, model, info = _from_pretrained(name, getattr(torch, dtype), dict(trust_remote_code=trust_remote_code))
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise ValueError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of the model or has them in another "
+        raise InputError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of the model or has them in another "
                          f"shape (first: {missing[0]}); they would be random. Is it a complete causal language model?")
     return model.to(place).eval(), tokenizer
 
@@ -137,7 +138,7 @@ def load_pair(
     for role, given in (("policy", policy), ("reference", reference)):
         if isinstance(given, (str, Path)): side = _named_side(str(given), role, loaded, (dtype, device, trust_remote_code))
         elif hasattr(given, "generate") and hasattr(given, "config"): side = _loaded_side(given, tokenizer, role)
-        else: raise TypeError(f"`{role}` is a {type(given).__name__}; it must be a name, a path, a PreTrainedModel or a PeftModel.")
+        else: raise InputTypeError(f"`{role}` is a {type(given).__name__}; it must be a name, a path, a PreTrainedModel or a PeftModel.")
         sides.append(side)
     ours, theirs = sides
     if ours.peft is not None and theirs.peft is None and theirs.model is ours.model: theirs.peft = ours.peft
@@ -149,7 +150,7 @@ def load_pair(
 def _split_name(name: str) -> tuple[str, str|None]:
     if "+" not in name or Path(name).expanduser().exists(): return name, None
     base, _, adapter = name.rpartition("+")
-    if not base or not adapter: raise ValueError(f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of the plus sign.")
+    if not base or not adapter: raise InputError(f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of the plus sign.")
     return base, adapter
 
 def _named_side(name, role, loaded, settings):
@@ -166,7 +167,7 @@ def _loaded_side(given, tokenizer, role):
     name = model.config.name_or_path or type(model).__name__
     if tokenizer is None:
         try: tokenizer = load_tokenizer(model.config.name_or_path)
-        except ValueError as error: raise ValueError(f"`{role}` is a loaded model, and its tokenizer was not found: pass `tokenizer`.") from error
+        except ValueError as error: raise InputError(f"`{role}` is a loaded model, and its tokenizer was not found: pass `tokenizer`.") from error
     if is_peft: _check_peft(given)
     return Side(name, model.eval(), tokenizer, given if is_peft else None, given.active_adapter if is_peft else None)
 
@@ -189,12 +190,12 @@ def _add_adapter(side: Side, adapter: str, role: str):
     from peft import PeftModel
     path = Path(adapter).expanduser()
     if path.exists() and not (path/"adapter_config.json").exists():
-        raise ValueError(f"`model` has the adapter {adapter!r}, which has no adapter_config.json; give a folder that PEFT's save_pretrained wrote.")
+        raise InputError(f"`model` has the adapter {adapter!r}, which has no adapter_config.json; give a folder that PEFT's save_pretrained wrote.")
     try:
         if side.peft is None: side.peft = PeftModel.from_pretrained(side.model, adapter, adapter_name=role)
         else: side.peft.load_adapter(adapter, adapter_name=role)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"`model` has the adapter {adapter!r}, and loading it onto {side.name!r} failed: {_first_line(error)}") from error
+        raise InputError(f"`model` has the adapter {adapter!r}, and loading it onto {side.name!r} failed: {_first_line(error)}") from error
     _check_peft(side.peft)
     side.peft.eval()
     return side.peft
@@ -202,7 +203,7 @@ def _add_adapter(side: Side, adapter: str, role: str):
 def _check_peft(peft) -> None:
     for name, config in peft.peft_config.items():
         if config.is_prompt_learning:
-            raise ValueError(f"the adapter is of type {config.peft_type.value}, which learns a prompt; only adapters inside the layers, such as LoRA, can be measured.")
+            raise InputError(f"the adapter is of type {config.peft_type.value}, which learns a prompt; only adapters inside the layers, such as LoRA, can be measured.")
 
 # %% ../nbs/07_sources.ipynb #3444ca38
 def read_prompts(
@@ -215,40 +216,40 @@ def read_prompts(
     if isinstance(source, (str, Path)): rows = _read_rows(str(source), column, what)
     else: rows = list(source)
     rows = [o for o in rows if not isinstance(o, str) or o.strip()]
-    if not rows: raise ValueError(f"`{what}` is empty: {str(source)[:80]!r} has no line with text.")
+    if not rows: raise InputError(f"`{what}` is empty: {str(source)[:80]!r} has no line with text.")
     if bad := [o for o in rows if not isinstance(o, (str, list, tuple))]:
-        raise ValueError(f"`{what}` holds {str(bad[0])[:60]!r}, a {type(bad[0]).__name__}; each must be a text, or a list of chat messages.")
+        raise InputError(f"`{what}` holds {str(bad[0])[:60]!r}, a {type(bad[0]).__name__}; each must be a text, or a list of chat messages.")
     return rows
 
 def _read_rows(source: str, column: str|None, what: str) -> list:
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if source == "-": return _decode(sys.stdin.buffer.read(), "standard input", what).splitlines()
-    if path.is_dir(): raise ValueError(f"`{what}` is {source!r}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
+    if path.is_dir(): raise InputError(f"`{what}` is {source!r}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
     if suffix in (".csv", ".parquet") and path.is_file(): return _read_column(path, suffix, column, what)
     if path.is_file():
         text = _decode(path.read_bytes(), source, what)
         return _parse_jsonl(text, source, column, what) if suffix in (".jsonl", ".json") else text.splitlines()
     if suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") or source.startswith((".", "/", "~")):
-        raise ValueError(f"`{what}` is {source!r}, and there is no such file.")
+        raise InputError(f"`{what}` is {source!r}, and there is no such file.")
     return _read_hub(source, column, what)
 
 def _decode(data: bytes, source: str, what: str) -> str:
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"`{what}` is {source!r}, which is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it first.") from None
+        raise InputError(f"`{what}` is {source!r}, which is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it first.") from None
 
 # %% ../nbs/07_sources.ipynb #b07bd713
 def _pick_column(columns: list[str], column: str|None, source: str, what: str) -> str:
     if column is None: column = next((o for o in ("prompt", "text") if o in columns), None)
     if column not in columns:
-        raise ValueError(f"`{what}` is {source!r}, which has no column {column or 'prompt or text'!r}; it has {', '.join(columns)}. Set `column`.")
+        raise InputError(f"`{what}` is {source!r}, which has no column {column or 'prompt or text'!r}; it has {', '.join(columns)}. Set `column`.")
     return column
 
 def _read_column(path: Path, suffix: str, column: str|None, what: str) -> list:
     import pandas as pd
     try: frame = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
-    except (ValueError, OSError) as error: raise ValueError(f"`{what}` is {str(path)!r}, which cannot be read: {_first_line(error)}") from None
+    except (ValueError, OSError) as error: raise InputError(f"`{what}` is {str(path)!r}, which cannot be read: {_first_line(error)}") from None
     return frame[_pick_column(list(frame.columns), column, str(path), what)].dropna().tolist()
 
 def _parse_jsonl(text: str, source: str, column: str|None, what: str) -> list:
@@ -256,8 +257,8 @@ def _parse_jsonl(text: str, source: str, column: str|None, what: str) -> list:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except json.JSONDecodeError as error: raise ValueError(f"`{what}` is {source!r}, whose line {number} is not JSON: {error.msg}.") from None
-        if not isinstance(row, dict): raise ValueError(f"`{what}` is {source!r}, whose line {number} is no JSON object; one object a line is wanted.")
+        except json.JSONDecodeError as error: raise InputError(f"`{what}` is {source!r}, whose line {number} is not JSON: {error.msg}.") from None
+        if not isinstance(row, dict): raise InputError(f"`{what}` is {source!r}, whose line {number} is no JSON object; one object a line is wanted.")
         rows.append(row[_pick_column(list(row), column, source, what)])
     return rows
 
@@ -265,7 +266,7 @@ def _read_hub(source: str, column: str|None, what: str) -> list:
     from datasets import load_dataset
     try: rows = load_dataset(source, split="train")
     except Exception as error:  # a download fails in more ways than can be listed
-        raise ValueError(f"`{what}` is {source!r}, which is no file, and loading it as a data set failed: {_first_line(error)}") from None
+        raise InputError(f"`{what}` is {source!r}, which is no file, and loading it as a data set failed: {_first_line(error)}") from None
     return list(rows[_pick_column(rows.column_names, column, source, what)])
 
 # %% ../nbs/07_sources.ipynb #54daa6df
@@ -277,16 +278,16 @@ def encode_prompts(
 ) -> list[list[int]]: # ids of each prompt, at least one
     "Prompts as token ids. Raises `ValueError` without a chat template, or without a token to start from."
     if chat and not tokenizer.chat_template:
-        raise ValueError("`chat` is set, but the tokenizer has no chat template; leave it out, or use a chat model.")
+        raise InputError("`chat` is set, but the tokenizer has no chat template; leave it out, or use a chat model.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     encoded = []
     for prompt in prompts:
         if chat: ids = _encode_chat(prompt or "", tokenizer, prefix)
         elif prompt is not None and not isinstance(prompt, str):
-            raise ValueError("`prompts` holds lists of chat messages; set `chat` to use the tokenizer's template.")
+            raise InputError("`prompts` holds lists of chat messages; set `chat` to use the tokenizer's template.")
         elif prompt is None and not prefix: ids = [] if start is None else [start]
         else: ids = tokenizer(prefix + (prompt or "")).input_ids
-        if not ids: raise ValueError(f"the prompt {prompt!r} has no tokens, and the tokenizer has no token to begin with; give prompts.")
+        if not ids: raise InputError(f"the prompt {prompt!r} has no tokens, and the tokenizer has no token to begin with; give prompts.")
         encoded.append(list(ids))
     return encoded
 
@@ -295,5 +296,5 @@ def _encode_chat(prompt: str|list, tokenizer: PreTrainedTokenizerBase, prefix: s
     if prefix: messages = [dict(role="system", content=prefix), *messages]
     try: text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise what they like
-        raise ValueError(f"the chat template failed on {str(prompt)[:60]!r}: {_first_line(error)}") from None
+        raise InputError(f"the chat template failed on {str(prompt)[:60]!r}: {_first_line(error)}") from None
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them

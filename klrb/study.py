@@ -30,6 +30,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 
+from .errors import InputError, MachineError, StateError
 from .notebooks import (execute, interrupt, make_runs, note_failure, profile_argument, read_grid, read_template,
                             write_template)
 from .profiles import Profile, check_device, check_downloads, expected_minutes, get_profile, in_words
@@ -54,11 +55,11 @@ class Execution:
     def __post_init__(self):
         for name, least in (("workers", 1), ("threads", 1), ("retries", 0)):
             if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"`{name}` is {value}; give at least {least}.")
+                raise InputError(f"`{name}` is {value}; give at least {least}.")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
-            raise ValueError(f"`timeout` is {self.timeout}; give a number of seconds above 0, or leave it out.")
+            raise InputError(f"`timeout` is {self.timeout}; give a number of seconds above 0, or leave it out.")
         if self.scheduler is not None and self.workers is not None:
-            raise ValueError("`scheduler` and `workers` are both given; the workers of a scheduler are its own.")
+            raise InputError("`scheduler` and `workers` are both given; the workers of a scheduler are its own.")
 
 def share_cores(
     execution: Execution, # what was asked for
@@ -67,7 +68,7 @@ def share_cores(
 ) -> tuple[int, int]: # workers, and torch threads of each
     "Divide the cores. Raises `ValueError` when more than there are would be used."
     if (execution.workers or 1) * (execution.threads or 1) > cores:
-        raise ValueError(f"{execution.workers or 1} `workers` with {execution.threads or 1} `threads` each need more than the {cores} "
+        raise InputError(f"{execution.workers or 1} `workers` with {execution.threads or 1} `threads` each need more than the {cores} "
                          "cores here; lower one of them, or leave one out.")
     workers = execution.workers or max(1, min(runs, cores // (execution.threads or 1)))
     return workers, execution.threads or max(1, cores // workers)
@@ -86,7 +87,7 @@ def connect(
     if execution.scheduler:
         try: client = Client(execution.scheduler, timeout=_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
-            raise OSError(f"`scheduler` is {execution.scheduler!r}, and nothing answers there ({type(error).__name__}); "
+            raise MachineError(f"`scheduler` is {execution.scheduler!r}, and nothing answers there ({type(error).__name__}); "
                           "start one with `dask scheduler`, or leave it out.") from None
         with client: yield client, execution.threads
         return
@@ -110,7 +111,7 @@ def _local_workers(workers: int):
         try: return LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0",
                                  silence_logs=logging.CRITICAL)
         except RuntimeError: pass  # those killed later Dask replaces itself
-    raise RuntimeError("the workers do not start; in a script, call `sweep` below `if __name__ == \"__main__\":`.")
+    raise StateError("the workers do not start; in a script, call `sweep` below `if __name__ == \"__main__\":`.")
 
 def _ignore_interrupt():
     from distributed import WorkerPlugin
@@ -278,13 +279,13 @@ def read_plan(
         if not (isinstance(plan["runs"], dict) and isinstance(plan["request"], dict)): raise KeyError("runs")
         return plan
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.") from None
+        raise InputError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.") from None
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.") from None
+        raise InputError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.") from None
 
 def _write_plan(out: Path, request: dict, runs: list[Run]) -> None:
     with locked(out, timeout=60) as descriptor:
-        if descriptor is None: raise OSError(f"`{out}` has been locked for a minute; is another sweep hanging?")
+        if descriptor is None: raise MachineError(f"`{out}` has been locked for a minute; is another sweep hanging?")
         known = read_plan(out)["runs"] if (out/"sweep.json").is_file() else {}
         new = {run.key: dict(identity=run.identity, parameters=run.parameters) for run in runs}
         cell = lambda key, entry: (key.partition("/")[0], json.dumps(entry["parameters"], sort_keys=True))
@@ -372,7 +373,7 @@ def sweep(
         prepared = _prepared(profile, preparing, Path(cache or out/"cache"), execution, dry_run)
         runs = make_runs(template, cells, out, profile, prepared)
         if only is not None: runs = [run for run in runs if run.parameters in only]
-        if not runs: raise ValueError(f"`{template.path.name}` has other parameters than at the last sweep; run `klrb sweep` again.")
+        if not runs: raise InputError(f"`{template.path.name}` has other parameters than at the last sweep; run `klrb sweep` again.")
         if dry_run: return _describe(runs, execution)
         write_template(template, runs, profile)
         _write_plan(out, dict(request, prepared=prepared and os.path.relpath(prepared, out)), runs)
@@ -410,7 +411,7 @@ def _requested_profile(request: dict, out: Path) -> str | None: # a preset's nam
 @contextmanager
 def _folder(out: str | Path, dry_run: bool) -> Iterator[Path]:
     if re.match(r"[a-z0-9+]{2,}:/", str(out)):
-        raise ValueError(f"`out` is {str(out)!r}; give a folder that all workers see: locks need a file system.")
+        raise InputError(f"`out` is {str(out)!r}; give a folder that all workers see: locks need a file system.")
     out = Path(out).resolve()
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
@@ -426,7 +427,7 @@ def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as file: file.write(bytes(2**16))  # more than a run's first files
-    except OSError as error: raise OSError(f"`out` is {str(out)!r}, which cannot be written: {error.strerror}.") from None
+    except OSError as error: raise MachineError(f"`out` is {str(out)!r}, which cannot be written: {error.strerror}.") from None
 
 # %% ../nbs/20_study.ipynb #06bd3a96
 def _prepared(profile: Profile | None, notebook: Path | None, cache: Path, execution: Execution, dry_run: bool) -> Path | None:
@@ -478,10 +479,10 @@ def report(
     mine = lambda row: row["key"].startswith(f"{notebook.stem}/") and row["parameters"].get("profile") == request["profile"]
     rows = [row for row in rows if mine(row)]
     done = [row for row in rows if row["state"] == "done"]
-    if not done: raise ValueError(f"`{out}` has no finished run of {notebook.stem}; run `klrb sweep` first.")
+    if not done: raise InputError(f"`{out}` has no finished run of {notebook.stem}; run `klrb sweep` first.")
     prepared = request["prepared"] and (out/request["prepared"]).resolve()
     if prepared and (names := damaged(prepared)):
-        raise ValueError(f"the prepared files are damaged ({', '.join(names[:3])}); `klrb sweep` makes them again.")
+        raise InputError(f"the prepared files are damaged ({', '.join(names[:3])}); `klrb sweep` makes them again.")
     folder = out/"report"
     folder.mkdir(exist_ok=True)
     _write_table(folder/"sweep.csv", out, rows)
@@ -584,6 +585,6 @@ def study_grid(
     "The grid of a profile's RLOO runs. Raises `ValueError` for an unknown or biased estimator, or an unknown `start`."
     from klrb.rloo import UNBIASED
     if unknown := sorted(set(profile.estimators) - set(UNBIASED)):
-        raise ValueError(f"`estimators` has {', '.join(unknown)}; the unbiased methods are {', '.join(UNBIASED)}.")
-    if start not in ("reference", "dpo"): raise ValueError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")
+        raise InputError(f"`estimators` has {', '.join(unknown)}; the unbiased methods are {', '.join(UNBIASED)}.")
+    if start not in ("reference", "dpo"): raise InputError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")
     return dict(beta=list(profile.betas), kl_estimator=list(profile.estimators), start=[start], updates=[profile.updates])

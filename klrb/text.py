@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .errors import InputError
 from .report import Saver, finish_saving, heatmap_html, plain
 from .scoring import check_integer, common_width, memory_errors, resolve_divergence, score_completions
 from .sequential import cluster_interval
@@ -49,7 +50,7 @@ def text_statistics(
     seed: int = 0, # of the bootstrap
 ) -> pd.DataFrame: # columns statistic, value, low, high; NaN without an interval
     "Statistics of text mode with 95 % intervals over documents. Raises `ValueError` without tokens."
-    if tokens.empty: raise ValueError("the text has no tokens to score; give a longer text.")
+    if tokens.empty: raise InputError("the text has no tokens to score; give a longer text.")
     document = np.unique(tokens.document, return_inverse=True)[1]
     def mean(values): return cluster_interval(values, clusters=document)
     order = np.argsort(tokens.step.to_numpy(), kind="stable")
@@ -124,7 +125,7 @@ class TextMeasurement:
 def _score_windows(sides, windows, width, batch_tokens, direction, divergence, alpha, seconds):
     "Rows of every token, one frame per batch of windows."
     longest = max(len(start) + len(ids) for *_, start, ids in windows)
-    if longest > batch_tokens: raise ValueError(f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at least that many, or a smaller `window`.")
+    if longest > batch_tokens: raise InputError(f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at least that many, or a smaller `window`.")
     way, pad = (-1 if direction == "forward" else 1), sides[0].pad_id
     for i in range(0, len(windows), batch_tokens//longest):
         documents, firsts, starts, ids = zip(*windows[i:i + batch_tokens//longest])
@@ -141,7 +142,7 @@ def _score_windows(sides, windows, width, batch_tokens, direction, divergence, a
         for role, column in (("policy", "policy_logprob"), ("reference", "ref_logprob")):
             if rows[column].isna().any():
                 bad = rows[rows[column].isna()].iloc[0]
-                raise ValueError(f"the {role} gives NaN logits in document {bad.document + 1:.0f}, token {bad.position + 1:.0f}; its weights or its "
+                raise InputError(f"the {role} gives NaN logits in document {bad.document + 1:.0f}, token {bad.position + 1:.0f}; its weights or its "
                                  "number format are broken. Try `dtype` float32, or another checkpoint.")
         yield rows
 
@@ -178,7 +179,7 @@ def measure_text(
 ) -> TextMeasurement:
     "Divergence of two models' next tokens at every position of a text, with intervals over documents. Raises `ValueError` on bad input."
     divergence, direction = resolve_divergence(divergence, direction)
-    if direction == "both": raise ValueError("`direction` is 'both'; on given text it must be reverse or forward, one at a time.")
+    if direction == "both": raise InputError("`direction` is 'both'; on given text it must be reverse or forward, one at a time.")
     for key, value, least in (("window", window, 1), ("batch_tokens", batch_tokens, 1), ("seed", seed, 0)): check_integer(key, value, least)
     documents = read_documents(text, column)
     sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
@@ -191,7 +192,7 @@ def measure_text(
 def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, hide_bar: bool) -> TextMeasurement:
     began, seconds, status, rows = monotonic(), dict(forward=0., estimation=0.), "complete", []
     windows = _windows(documents, sides[0].tokenizer, s["window"])
-    if not windows: raise ValueError("`text` has no tokens to score; give a longer text.")
+    if not windows: raise InputError("`text` has no tokens to score; give a longer text.")
     about = dict(settings=s, **describe(sides))
     saver = None if save is None else Saver(save, about, "tokens")
     first, second = ("reference", "policy") if s["direction"] == "forward" else ("policy", "reference")
