@@ -46,6 +46,17 @@ def agree(value, exact, terms: int = 2**12, size: float = 1.0, **kwargs):
     assert_close(value, exact, rtol=tolerance, atol=tolerance * size, **kwargs)
 
 
+def unbiased(moments, exact: float | None = None) -> bool:
+    """Whether the mean of `exact_moments` or `exact_gradient_moments` is exact up to rounding.
+
+    The mean is a sum of probabilities times values; the absolute values add up to less than the standard deviation plus
+    the mean. `exact` may be left out where the moments know it, as those of gradients do.
+    """
+    exact = torch.as_tensor(moments.exact if exact is None else exact)
+    error = (torch.as_tensor(moments.mean) - exact).norm()
+    return bool(error < 2 * gamma(2**16) * (math.sqrt(max(moments.variance, 0)) + exact.norm()))
+
+
 def assert_within(value: Tensor, exact: Tensor, tolerance: Tensor):
     "Every element within its own tolerance; what is not finite must be the same"
     value, exact = value.detach().double(), exact.detach().double()
