@@ -5,35 +5,81 @@
 # %% ../nbs/23_cli.ipynb #30b679f2
 from __future__ import annotations
 
+import errno
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import typer
-from typer.core import TyperGroup
-
-from .errors import InputError
+from . import __version__
+from .errors import InputError, UserError
+from .main import main, missing_package, needed_packages
 from .profiles import PROFILES, describe_profile
 
 # %% auto #0
 __all__ = ['app', 'sweeps', 'one_line_errors', 'report', 'study', 'rloo', 'measure']
 
+# %% ../nbs/23_cli.ipynb #7b1d0001
+with needed_packages(__name__):
+    import typer
+    from typer.core import TyperGroup
+
 # %% ../nbs/23_cli.ipynb #9f4ff04c
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Better estimation of the KL divergence between language models.")
 
+def _print_version(asked: bool) -> None:
+    if not asked: return
+    typer.echo(f"klrb {__version__}")
+    raise typer.Exit()
+
 @app.callback()
-def _main() -> None: ...
+def _main(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True,
+                                 help="Print the version."),
+) -> None: ...
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    "Turn an error about the input into one line on stderr and exit code 2."
+    "One line and exit code 2 for what user or machine caused; traceback and 1 for a fault of ours."
     try: yield
-    except typer.Exit: raise  # it is a RuntimeError
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
-        typer.echo(f"klrb: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-        raise typer.Exit(2)
+    except (typer.Exit, typer.Abort): raise  # they are RuntimeErrors
+    except BrokenPipeError: raise  # whoever read our output has seen enough; typer ends quietly
+    except KeyboardInterrupt:
+        _say("stopped.")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        line = _cause(error)
+        if line is None: traceback.print_exception(error)
+        _say(line or "this is a fault of klrb; please report it with the lines above.")
+        raise typer.Exit(1 if line is None else 2) from None
+
+def _say(line: str) -> None: typer.echo(f"klrb: {line}", err=True)
+
+# %% ../nbs/23_cli.ipynb #7b1d0003
+_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+             errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EIO,
+             errno.ESTALE, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENODEV}
+_NO_MEMORY = ("out of memory; lower --batch-tokens or the number of workers, "
+              "or choose a smaller model or dtype.")
+_TORCH_SAYS = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory",
+               "MPS backend out of memory")
+
+def _cause(error: Exception) -> str | None:
+    "What to tell the user; None when the fault is ours."
+    if isinstance(error, UserError): return _one_line(error)
+    if isinstance(error, ImportError): return missing_package(error)
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error): return _NO_MEMORY
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS: return None
+    where = f"`{error.filename}`: " if error.filename is not None else ""
+    return f"the machine refuses: {where}{error.strerror}."
+
+def _is_torch_out_of_memory(error: Exception) -> bool:
+    if type(error).__name__ == "OutOfMemoryError": return True
+    return isinstance(error, RuntimeError) and any(o in str(error) for o in _TORCH_SAYS)
+
+def _one_line(error: Exception) -> str: return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/23_cli.ipynb #7a8d69f0
 class _RunByDefault(TyperGroup):
@@ -56,8 +102,8 @@ def _sweep_endings(out: Path) -> Iterator[None]:
         except KeyboardInterrupt:
             from klrb.study import status
             counts = Counter(row["state"] for row in status(out)) if (Path(out)/"sweep.json").is_file() else {}
-            typer.echo("klrb: stopped; " + (", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing has begun")
-                       + ". The same command goes on from here.", err=True)
+            states = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing has begun"
+            _say(f"stopped; {states}. The same command goes on from here.")
             raise typer.Exit(130)
 
 # %% ../nbs/23_cli.ipynb #792f5b40
@@ -253,4 +299,4 @@ def _show(measured, as_json: bool) -> None:
     if unreachable: raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
 
 # %% ../nbs/23_cli.ipynb #dc8e1b54
-if __name__ == "__main__" and "__file__" in globals(): app()  # not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): main()  # not in this notebook

@@ -13,16 +13,19 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
+import nbformat
 import papermill as pm
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -30,53 +33,211 @@ from papermill.engines import NBClientEngine, papermill_engines
 
 from .errors import InputError, MissingFileError, StateError
 from .profiles import PACKAGED, PROFILES, Profile, hub_folder, packaged_file, to_toml
-from .runs import (Run, code_digest, content_digest, digest, environment, locked, manifest, read_record, text_digest,
+from .runs import (Run, code_digest, content_digest, digest, environment, locked, manifest, read_json, read_record, text_digest,
                        write_atomic)
 
 # %% auto #0
-__all__ = ['Template', 'read_template', 'read_value', 'read_grid', 'parse_grid', 'profile_facts', 'profile_argument', 'make_runs',
-           'write_template', 'interrupt', 'execute', 'note_failure']
+__all__ = ['Parameter', 'read_parameters', 'Template', 'read_template', 'read_value', 'read_grid', 'read_values', 'parse_grid',
+           'profile_facts', 'profile_argument', 'make_runs', 'write_template', 'set_parameters', 'interrupt',
+           'execute_with', 'execute', 'note_failure']
 
 # %% ../nbs/17_notebooks.ipynb #9fc5f473
 @dataclass(frozen=True)
+class Parameter:
+    """A variable that the cell tagged `parameters` sets."""
+
+    annotation: str  # as in the notebook, empty when there is none
+    source: str  # text of the default, empty when there is none
+    default: object = None  # value of the default, None when it is no literal
+    literal: bool = False  # whether the default can be read without running the cell
+
+def read_parameters(
+    source: str, # code of a cell
+) -> dict[str, Parameter]: # by name, in the order of the cell
+    "What a cell sets, from its syntax. Raises `ValueError` when it is no Python or sets a name twice."
+    tree = _syntax(source)
+    bound = Counter(o.id for o in ast.walk(tree) if _is_name(o, ast.Store))
+    found = {}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign): continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        for target in targets:
+            for o in ast.walk(target):
+                if _is_name(o, ast.Store): found[o.id] = _parameter(node, alone=o is target)
+    if twice := [name for name in found if bound[name] > 1]:
+        raise InputError(f"the cell tagged `parameters` sets `{twice[0]}` twice; keep one of the lines.")
+    return found
+
+def _parameter(node: ast.Assign | ast.AnnAssign, alone: bool) -> Parameter:
+    annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
+    if node.value is None: return Parameter(annotation, "")
+    if not alone: return Parameter(annotation, ast.unparse(node))  # `a, b = 1, 2`
+    try: return Parameter(annotation, ast.unparse(node.value), ast.literal_eval(node.value), True)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return Parameter(annotation, ast.unparse(node.value))
+
+# %% ../nbs/17_notebooks.ipynb #5b0c1a01
+def _syntax(source: str) -> ast.Module:
+    from IPython.core.inputtransformer2 import TransformerManager  # lines such as `%matplotlib inline`
+    try: return ast.parse(TransformerManager().transform_cell(source))
+    except (SyntaxError, ValueError) as error:
+        raise InputError(f"the cell tagged `parameters` is no Python ({error}).") from None
+
+def _is_name(node: ast.AST, context: type) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, context)
+
+def _readers(source: str) -> dict[str, str]: # names that lines of the cell read, with the line
+    lines = [o for o in _syntax(source).body if not isinstance(o, ast.FunctionDef | ast.ClassDef)]
+    values = [getattr(o, "value", o) if isinstance(o, ast.AnnAssign) else o for o in lines]
+    read = [(o, line) for line, value in zip(lines, values) if value is not None for o in ast.walk(value)]
+    return {o.id: ast.unparse(line).splitlines()[0] for o, line in read if _is_name(o, ast.Load)}
+
+# %% ../nbs/17_notebooks.ipynb #5b0c1a03
+@dataclass(frozen=True)
 class Template:
-    """An experiment notebook, its parameters, and the digest of what it executes."""
+    """An experiment notebook, its parameters, and the code that it executes."""
 
     path: Path  # as given
     text: str  # JSON without outputs
-    known: dict  # name to type name and default
+    known: dict[str, Parameter]  # parameters by name
     source: str  # code of all cells
+    readers: dict[str, str]  # names that the tagged cell itself computes with, and where
 
 def read_template(
     path: str | Path, # of a notebook with a cell tagged `parameters`
 ) -> Template:
     "Read and check an experiment notebook. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
-    if not path.is_file(): raise MissingFileError(f"no notebook `{path}`; give the path of an .ipynb file, e.g. in a clone of the repository.")
+    if not path.is_file():
+        raise MissingFileError(f"no notebook `{path}`; give the path of an .ipynb file, "
+                               "e.g. in a clone of the repository.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
         sources = ["".join(cell["source"]) for cell in cells]
-        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"`{path.name}` is not a notebook ({type(error).__name__}: {str(error)[:60]}); give an .ipynb file of format 4.") from None
-    if (language := content["metadata"].get("kernelspec", {}).get("language", "python")) != "python":
+        tagged = [source for cell, source in zip(cells, sources)
+                  if "parameters" in cell["metadata"].get("tags", [])]
+        language = content["metadata"].get("kernelspec", {}).get("language", "python")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {str(error)[:60]}"
+        raise InputError(f"`{path.name}` is not a notebook ({why}); give an .ipynb file of format 4.") from None
+    if language != "python":
         raise InputError(f"`{path.name}` is written in {language}; the runner starts Python kernels.")
     if len(tagged) != 1:
-        raise InputError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; without it papermill could not set any.")
+        raise InputError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; "
+                         "without it no parameter could be set.")
     for cell in cells: cell.update(outputs=[], execution_count=None)
-    found = pm.inspect_notebook(str(path))
-    try: known = {name: (_type_of(o), ast.literal_eval(o["default"])) for name, o in found.items()}
-    except (ValueError, SyntaxError):
-        raise InputError(f"`{path.name}` has a default that is no literal; give numbers, strings, True or False.") from None
-    if "out_dir" not in known: raise InputError(f"`{path.name}` has no parameter `out_dir`; the runner could not tell it where to write.")
-    return Template(path, json.dumps(content), known, "\n".join(sources))
-
-def _type_of(parameter: dict) -> str:
-    given = parameter["inferred_type_name"]
-    return given if given in ("int", "float", "str", "bool") else type(ast.literal_eval(parameter["default"])).__name__
+    try: known, readers = read_parameters(tagged[0]), _readers(tagged[0])
+    except InputError as error: raise InputError(f"`{path.name}`: {error}") from None
+    if "out_dir" not in known:
+        raise InputError(f"`{path.name}` has no parameter `out_dir`; "
+                         "the runner could not tell it where to write.")
+    return Template(path, json.dumps(content), known, "\n".join(sources), readers)
 
 # %% ../nbs/17_notebooks.ipynb #ca491ea7
+_SEQUENCES = {"tuple": tuple, "Tuple": tuple, "list": list, "List": list, "Sequence": list}
+_MAPPINGS = {"dict", "Dict", "Mapping"}
+_TRIED = ["None", "Literal", "bool", "int", "float", *_SEQUENCES, *_MAPPINGS]  # of a union; text last
+
+def _fit(value, kind: ast.expr, text: bool):
+    """`value` as an annotation wants it; `text`: as it comes from a command line.
+
+    Raises `ValueError` when it does not fit, `LookupError` when the annotation is of no known kind.
+    """
+    if isinstance(kind, ast.Constant) and isinstance(kind.value, str):
+        kind = ast.parse(kind.value, mode="eval").body
+    name, arguments = _parts(kind)
+    if name == "Union": return _fit_one(value, arguments, text)
+    if name == "Optional": return _fit_one(value, [*arguments, ast.Constant(None)], text)
+    if name in ("Annotated", "Final"): return _fit(value, arguments[0], text)
+    if name == "Literal": return _fit_choice(value, [ast.literal_eval(o) for o in arguments], text)
+    if name in ("Any", "object"): return _plain(_literal_or_text(value) if text else value)
+    if name in _SEQUENCES or name in _MAPPINGS: return _fit_container(value, name, arguments, text)
+    if name not in _SCALARS: raise LookupError(name)
+    return _SCALARS[name](value, text)
+
+def _parts(kind: ast.expr) -> tuple[str, list[ast.expr]]: # name of a type, and what stands in its brackets
+    if isinstance(kind, ast.Subscript):
+        inner = kind.slice
+        return _parts(kind.value)[0], inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    if isinstance(kind, ast.BinOp): return "Union", [kind.left, kind.right]
+    if isinstance(kind, ast.Attribute): return kind.attr, []
+    if isinstance(kind, ast.Constant): return str(kind.value), []
+    return (kind.id if isinstance(kind, ast.Name) else ""), []
+
+# %% ../nbs/17_notebooks.ipynb #5b0c1a04
+def _fit_none(value, text: bool) -> None:
+    if value is not None and not (text and value == "None"): raise ValueError
+
+def _fit_bool(value, text: bool) -> bool:
+    if isinstance(value, bool): return value
+    if not text or value.lower() not in ("true", "false"): raise ValueError
+    return value.lower() == "true"
+
+def _fit_int(value, text: bool) -> int:
+    if isinstance(value, bool) or (isinstance(value, str) and not text): raise ValueError
+    number = int(value)
+    if not isinstance(value, str) and number != value: raise ValueError
+    return number
+
+def _fit_float(value, text: bool) -> float:
+    if isinstance(value, bool) or (isinstance(value, str) and not text): raise ValueError
+    number = float(value)
+    if not math.isfinite(number): raise ValueError
+    return number
+
+def _fit_str(value, text: bool) -> str:
+    if not isinstance(value, str): raise ValueError
+    return str(value)
+
+_SCALARS = {"None": _fit_none, "bool": _fit_bool, "int": _fit_int, "float": _fit_float, "str": _fit_str}
+
+def _fit_choice(value, choices: list, text: bool):
+    for choice in choices:
+        if type(value) is type(choice) and value == choice: return choice
+        if text and value == str(choice): return choice
+    raise ValueError
+
+# %% ../nbs/17_notebooks.ipynb #5b0c1a05
+def _fit_one(value, kinds: list[ast.expr], text: bool):
+    "The first of several types that fits: its own type before others, text after all others."
+    while any(_parts(kind)[0] == "Union" for kind in kinds):
+        kinds = [o for kind in kinds
+                 for o in (_parts(kind)[1] if _parts(kind)[0] == "Union" else [kind])]
+    order = [*([] if text else [type(value).__name__]), *_TRIED]
+    rank = lambda kind: order.index(_parts(kind)[0]) if _parts(kind)[0] in order else len(order)
+    unknown = 0
+    for kind in sorted(kinds, key=rank):
+        try: return _fit(value, kind, text)
+        except (ValueError, TypeError, OverflowError): pass
+        except LookupError: unknown += 1
+    raise LookupError if unknown == len(kinds) else ValueError
+
+def _fit_container(value, name: str, arguments: list[ast.expr], text: bool):
+    if text: value = _literal_or_text(value)
+    if name in _MAPPINGS:
+        if not isinstance(value, dict): raise ValueError
+        inner = arguments[1] if arguments else ast.Name("Any")
+        return {_fit_str(key, False): _fit(o, inner, False) for key, o in value.items()}
+    if not isinstance(value, list | tuple): raise ValueError
+    fixed = _SEQUENCES[name] is tuple and arguments and not _is_ellipsis(arguments[-1])
+    if not fixed: arguments = [arguments[0] if arguments else ast.Name("Any")] * len(value)
+    return _SEQUENCES[name](_fit(o, kind, False) for o, kind in zip(value, arguments, strict=True))
+
+def _is_ellipsis(kind: ast.expr) -> bool: return isinstance(kind, ast.Constant) and kind.value is ...
+
+def _literal_or_text(text: str):
+    try: return ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError): return text
+
+def _plain(value):
+    "`value`, if JSON holds it, tuples as lists. Raises `ValueError` otherwise."
+    if isinstance(value, list | tuple): return type(value)(_plain(o) for o in value)
+    if isinstance(value, dict): return {_fit_str(key, False): _plain(o) for key, o in value.items()}
+    if value is None or isinstance(value, bool | int | str): return value
+    return _fit_float(value, False)
+
+# %% ../nbs/17_notebooks.ipynb #5b0c1a07
 _FOLDERS = {"out_dir", "prepare_dir"}
 
 def read_value(
@@ -85,22 +246,32 @@ def read_value(
     value, # of its type, or text that reads as one
 ): # the value in the notebook's type
     "Check a parameter's name and value. Raises `ValueError` naming both and what is known."
+    path = template.path.name
     if name not in template.known:
-        raise InputError(f"`{template.path.name}` has no parameter '{name}'; it has {', '.join(template.known)}.")
+        raise InputError(f"`{path}` has no parameter '{name}'; it has {', '.join(template.known)}.")
     if name in _FOLDERS: raise InputError(f"`{name}` is set by the runner; leave it out of the grid.")
-    kind = template.known[name][0]
-    wrong = InputError(f"`{name}` is {value!r}, but `{template.path.name}` wants {kind}.")
-    if kind == "str":
-        if not isinstance(value, str): raise wrong
-        return value
-    if kind == "bool":
-        if str(value).lower() not in ("true", "false"): raise wrong
-        return str(value).lower() == "true"
-    if kind not in ("int", "float") or isinstance(value, bool): raise wrong
-    try: number = {"int": int, "float": float}[kind](value)
-    except (ValueError, TypeError): raise wrong from None
-    if not math.isfinite(number) or (kind == "int" and isinstance(value, float) and value != number): raise wrong
-    return number
+    parameter = template.known[name]
+    if parameter.source and not parameter.literal:
+        raise InputError(f"`{name}` in `{path}` has a default that is no literal "
+                         f"(`{_short(parameter.source)}`), so it cannot be swept; give it a number, "
+                         "a text, True, False, None, or a tuple, list or dict of these.")
+    wanted = _wanted(parameter)
+    for kind in wanted:
+        try: return _fit(value, kind, isinstance(value, str))
+        except LookupError: continue
+        except (ValueError, TypeError, OverflowError, SyntaxError): pass
+        raise InputError(f"`{name}` is {_short(repr(value))}, but `{path}` wants {ast.unparse(kind)}.")
+    raise InputError(f"`{name}` in `{path}` is annotated `{parameter.annotation}`, which a sweep "
+                     "cannot set; annotate int, float, str, bool, or a tuple, list or dict of these.")
+
+def _wanted(parameter: Parameter) -> list[ast.expr]: # types to try, the first that is known decides
+    kinds = [ast.parse(parameter.annotation, mode="eval").body] if parameter.annotation else []
+    if not parameter.literal: return kinds or [ast.Name("Any")]
+    if parameter.default is None and not kinds: return [ast.Name("Any")]
+    if parameter.default is None: return [ast.BinOp(kinds[0], ast.BitOr(), ast.Constant(None))]
+    return [*kinds, ast.Name(type(parameter.default).__name__)]
+
+def _short(text: str) -> str: return text if len(text) <= 60 else f"{text[:60]}…"
 
 # %% ../nbs/17_notebooks.ipynb #4a710836
 def read_grid(
@@ -109,17 +280,38 @@ def read_grid(
     seeds: int | None = None, # repeats, with seeds 0, 1, …; None: the notebook's own seed
 ) -> list[dict]: # the varied parameters of each run
     "Every combination of values. Raises `ValueError` for an unknown name, a wrong type, an empty grid or a duplicate."
-    grid = {name: [read_value(template, name, value) for value in values] for name, values in grid.items()}
-    for name, values in grid.items():
-        if not values: raise InputError(f"`{name}` has no values; give at least one, e.g. {name}={template.known[name][1]}.")
-        if len(set(values)) < len(values):
-            raise InputError(f"`{name}` has a value twice ({', '.join(map(str, values))}); a run is made once.")
+    grid = read_values(template, grid)
     if seeds is not None:
         if seeds < 1: raise InputError(f"`seeds` is {seeds}; give at least 1.")
         if "seed" in grid: raise InputError("`seed` is in the grid and `seeds` is given; use one of them.")
         if "seed" not in template.known: raise InputError(f"`{template.path.name}` has no parameter 'seed', so `seeds` cannot be set.")
-        grid = {"seed": list(range(seeds))} | grid
+        grid = {"seed": [read_value(template, "seed", seed) for seed in range(seeds)]} | grid
     return [dict(zip(grid, values)) for values in product(*grid.values())]
+
+def read_values(
+    template: Template, # the notebook
+    grid: dict[str, list], # parameter name to its values
+) -> dict[str, list]: # the same in the notebook's types
+    "Check a grid. Raises `ValueError` for an unknown name, a wrong type, no value or a duplicate."
+    read = {}
+    for name, values in grid.items():
+        if isinstance(values, str | dict) or not hasattr(values, "__iter__"):
+            shown = _short(repr(values))
+            raise InputError(f"`{name}` is {shown}; give a list of values, e.g. [{shown}].")
+        if name == "profile":
+            raise InputError("`profile` is in the grid, but decides what is read; make a sweep for each.")
+        read[name] = [read_value(template, name, value) for value in values]
+        if not read[name]:
+            example = _example(template, name)
+            raise InputError(f"`{name}` has no values; give at least one, e.g. {name}={example}.")
+        if any(one == other for one, other in combinations(read[name], 2)):
+            shown = ", ".join(map(str, read[name]))
+            raise InputError(f"`{name}` has a value twice ({shown}); a run is made once.")
+    return read
+
+def _example(template: Template, name: str) -> str:
+    parameter = template.known.get(name)
+    return parameter.source if parameter and parameter.source else "VALUE"
 
 # %% ../nbs/17_notebooks.ipynb #95bdf7c8
 def parse_grid(
@@ -128,13 +320,30 @@ def parse_grid(
     "Read the command line's form of a grid. Raises `ValueError` for bad syntax or a name that is given twice."
     grid = {}
     for item in items:
-        name, equals, values = item.partition("=")
-        name, values = name.strip(), [value.strip() for value in values.split(",")]
+        name, equals, rest = item.partition("=")
+        name, values = name.strip(), _split_values(rest)
         if not (equals and name and all(values)): raise InputError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
         if name in grid:
             raise InputError(f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}.")
         grid[name] = values
     return grid
+
+def _split_values(text: str) -> list[str]:
+    "Values between commas; a comma within brackets or within quotes there does not count."
+    values, at = [], 0
+    while True:
+        end = next((o for o in _ends(text, at) if _closed(text[at:o])), None)
+        if end is None: end = next(_ends(text, at))
+        values.append(text[at:end].strip())
+        if end == len(text): return values
+        at = end + 1
+
+def _ends(text: str, at: int) -> Iterator[int]: # where a value that begins at `at` may end
+    yield from (i for i in range(at, len(text)) if text[i] == ",")
+    yield len(text)
+
+def _closed(value: str) -> bool: # a plain word, or a whole literal in brackets
+    return not value.strip().startswith(("(", "[", "{")) or not isinstance(_literal_or_text(value), str)
 
 # %% ../nbs/17_notebooks.ipynb #cb40debb
 _GRID = {"estimators", "betas", "seeds", "updates"}  # of a profile: which runs there are; one run has them as parameters
@@ -179,23 +388,46 @@ def make_runs(
     prepared: Path | None = None, # finished preparation, for a notebook that has `prepare_dir`
 ) -> list[Run]:
     "A run for every cell of the grid. Raises `ValueError` when the notebook does not know the profile."
-    defaults = {name: default for name, (_, default) in template.known.items() if name not in _FOLDERS}
-    if profile is not None: defaults["profile"] = read_value(template, "profile", profile.name)
+    named_profile = {} if profile is None else dict(profile=read_value(template, "profile", profile.name))
+    defaults = _recorded(template) | named_profile
     facts = dict(notebook=text_digest(template.source), code=code_digest(template.source), **profile_facts(profile))
     if prepared is not None: facts["prepared"] = content_digest(prepared)
     folders = dict(prepare_dir=str(prepared.resolve())) if prepared is not None else {}
     if profile is not None and (given := profile_argument(profile, root)) != profile.name: folders["profile"] = given
+    _check_given(template, {"out_dir", *folders, *named_profile, *cells[0]})
     copy = root.resolve()/"notebooks"/f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
     named = {path.name[-12:]: path.name[:-13] for path in (root/template.path.stem).glob("*-????????????")}  # by earlier sweeps
-    varied = {name for name in cells[0] if name == "seed" or len({cell[name] for cell in cells}) > 1}
+    varied = {name for name, first in cells[0].items()
+              if name == "seed" or any(cell[name] != first for cell in cells)}
     else_named = profile.name if profile else "run"
-    runs = [Run(copy, root.resolve(), _name(cell, varied) or else_named, defaults | cell, folders, facts) for cell in cells]
+    runs = [Run(copy, root.resolve(), _name(cell, varied) or else_named, defaults | cell, folders, facts,
+                named_profile | cell) for cell in cells]
     return [replace(run, name=named.get(run.identity[:12], run.name)) for run in runs]
 
+def _recorded(template: Template) -> dict:
+    "Defaults for the record: values, or the text of what is no literal or has no JSON form."
+    recorded = {}
+    for name, parameter in template.known.items():
+        if name in _FOLDERS or not parameter.source: continue
+        recorded[name] = parameter.source
+        with suppress(ValueError, TypeError, OverflowError):
+            if parameter.literal: recorded[name] = _plain(parameter.default)
+    return recorded
+
+def _check_given(template: Template, given: set[str]) -> None:
+    path = template.path.name
+    if read := [name for name in template.readers if name in given]:
+        line = _short(template.readers[read[0]])
+        raise InputError(f"the cell tagged `parameters` of `{path}` computes with `{read[0]}` (`{line}`) "
+                         "before the sweep has set it; move that line to the next cell.")
+    if bare := [o for o in template.known if not template.known[o].source and o not in given | _FOLDERS]:
+        raise InputError(f"`{bare[0]}` has no default in `{path}`; give it in the grid, "
+                         f"e.g. {bare[0]}=VALUE.")
+
 def _name(cell: dict, varied: set[str]) -> str:
-    short = lambda o: f"{o:g}" if isinstance(o, float) else str(o)
     items = sorted(((k, v) for k, v in cell.items() if k in varied), key=lambda o: (o[0] == "seed", not isinstance(o[1], str)))
-    return re.sub(r"[^\w.+-]", "_", "-".join(v if isinstance(v, str) else f"{k}{short(v)}" for k, v in items))[:80]
+    parts = [v if isinstance(v, str) else f"{k}{v:g}" if isinstance(v, float) else f"{k}{v}" for k, v in items]
+    return re.sub(r"[^\w.+-]", "_", "-".join(parts)).encode()[:80].decode(errors="ignore")
 
 # %% ../nbs/17_notebooks.ipynb #b4edc326
 def write_template(
@@ -211,6 +443,24 @@ def write_template(
         for path, text in files.items():
             path.parent.mkdir(exist_ok=True)
             if not path.is_file(): write_atomic(path, text)
+
+# %% ../nbs/17_notebooks.ipynb #5b0c1a08
+def set_parameters(
+    notebook: Path, # with a cell tagged `parameters`
+    values: dict, # by name
+) -> nbformat.NotebookNode: # to be executed
+    "The notebook with a cell that sets values, below the one tagged `parameters`."
+    content = nbformat.reads(notebook.read_text(encoding="utf-8"), as_version=4)
+    content = nbformat.v4.upgrade(content)
+    tagged = lambda cell, tag: tag in cell.metadata.get("tags", [])
+    cells = [cell for cell in content.cells if not tagged(cell, "injected-parameters")]
+    place = next((i for i, cell in enumerate(cells) if tagged(cell, "parameters")), None)
+    if place is None: raise InputError(f"`{notebook.name}` has no cell tagged `parameters`.")
+    source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())])
+    setting = nbformat.v4.new_code_cell(source, metadata=dict(tags=["injected-parameters"]))
+    cells.insert(place + 1, setting)
+    content.cells = cells
+    return content
 
 # %% ../nbs/17_notebooks.ipynb #69e5b29d
 _LAUNCH = """import ctypes, os, runpy
@@ -236,7 +486,7 @@ logging.getLogger("klrb.kernel").setLevel(logging.CRITICAL)  # every error reach
 
 # %% ../nbs/17_notebooks.ipynb #902bda33
 def _oom_kills() -> int:
-    with suppress(OSError): return int(re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)[1])
+    with suppress(OSError, TypeError): return int(re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)[1])
     return 0
 
 def _state_and_reason(error: Exception, processes: list, overdue: bool, oom_before: int, timeout: float | None) -> tuple[str, str]:
@@ -245,12 +495,19 @@ def _state_and_reason(error: Exception, processes: list, overdue: bool, oom_befo
     if isinstance(error, pm.PapermillExecutionError):
         lines = str(error.evalue).strip().splitlines() or [""]
         return "failed", f"{error.ename}: {lines[0]} (cell {error.exec_count})"
-    code = processes[0].poll() if processes else None
+    code = _exit_code(processes) if isinstance(error, DeadKernelError) else None
     if isinstance(error, DeadKernelError) and code is not None and code < 0:
         killer = " by the out-of-memory killer" if _oom_kills() > oom_before else ""
-        return "failed", f"the kernel was killed{killer} ({signal.Signals(-code).name})"
+        return "failed", f"the kernel was killed{killer} ({_signal_name(-code)})"
     if isinstance(error, DeadKernelError): return "failed", f"the kernel ended by itself, exit code {code}; see log.txt"
     return "failed", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+def _exit_code(processes: list) -> int | None: # None: none was started, or it lives
+    with suppress(IndexError, subprocess.TimeoutExpired): return processes[0].wait(timeout=10)  # it may be dying
+    return None
+
+def _signal_name(number: int) -> str:
+    with suppress(ValueError): return signal.Signals(number).name
+    return f"signal {number}"
 
 # %% ../nbs/17_notebooks.ipynb #bc46ffbe
 _MALLOC = dict(MALLOC_TOP_PAD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30))
@@ -258,7 +515,8 @@ _KERNELS: dict[str, list] = {}  # run to the processes of its kernel, in this wo
 
 def _signal_kernel(key: str, number: int) -> None:
     for process in _KERNELS.get(key, []):
-        with suppress(ProcessLookupError): os.killpg(process.pid, number)
+        if process.poll() is not None: continue  # it is gone, and its number may be somebody else's
+        with suppress(ProcessLookupError, PermissionError): os.killpg(process.pid, number)
 
 def interrupt(
     keys: list[str], # of runs; those that do not run here are ignored
@@ -270,9 +528,22 @@ def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Cal
     environ = {**_MALLOC, **os.environ} | ({} if threads is None else dict(OMP_NUM_THREADS=str(threads)))
     popen = dict(env=environ, cwd=str(run.folder), stdout=log, stderr=log, pass_fds=[descriptor])
     in_context = Context().run  # Jupyter keeps its event loop in the context, which threads of one worker may share
-    in_context(pm.execute_notebook, str(run.notebook), str(run.folder/"executed.ipynb"), engine_name="klrb", kernel_name="python3",
-               progress_bar=False, parameters={**run.parameters, **run.folders, "out_dir": str(run.folder)}, started=started, popen=popen)
+    values = {**run.given, **run.folders, "out_dir": str(run.folder)}
+    in_context(execute_with, run.notebook, run.folder/"executed.ipynb", values, popen=popen, started=started)
     if not (run.folder/"result.json").is_file(): raise StateError("the notebook ended without writing result.json")
+    if read_json(run.folder/"result.json") is None:
+        raise StateError("the notebook wrote a result.json that is no JSON object")
+
+def execute_with(
+    notebook: Path, # with a cell tagged `parameters`
+    executed: Path, # where the executed copy is kept
+    values: dict, # of parameters, by name
+    **options, # for our engine: `popen` of the kernel, and `started`, called with its process
+) -> None:
+    "Execute a notebook with parameters. Raises `papermill.PapermillExecutionError` when a cell fails."
+    path = str(executed).replace("{", "{{").replace("}", "}}")  # papermill formats it
+    pm.execute_notebook(set_parameters(notebook, values), path, engine_name="klrb", kernel_name="python3",
+                        progress_bar=False, **options)
 
 # %% ../nbs/17_notebooks.ipynb #5eeb9196
 def execute(
@@ -321,7 +592,7 @@ def _attempt(run: Run, attempts: list[dict], descriptor: int, threads: int | Non
         del _KERNELS[run.key]
 
 def _start(run: Run) -> None:
-    source = "\n".join("".join(o["source"]) for o in json.loads(run.notebook.read_text())["cells"] if o["cell_type"] == "code")
+    source = "\n".join("".join(o["source"]) for o in json.loads(run.notebook.read_bytes())["cells"] if o["cell_type"] == "code")
     if code_digest(source) != run.facts["code"]:
         raise StateError("the code of klrb here is not that of the sweep; it was edited, or this machine has another version")
     for stale in [*run.folder.glob("*.tmp"), run.folder/"result.json"]: stale.unlink(missing_ok=True)

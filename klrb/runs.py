@@ -21,9 +21,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .errors import StateError
+
 # %% auto #0
 __all__ = ['write_atomic', 'digest', 'text_digest', 'reached_modules', 'code_digest', 'environment', 'Run', 'manifest',
-           'read_record', 'damaged', 'content_digest', 'finished', 'locked', 'is_locked']
+           'read_json', 'read_record', 'read_result', 'damaged', 'content_digest', 'finished', 'locked', 'is_locked']
 
 # %% ../nbs/16_runs.ipynb #cb0310eb
 def write_atomic(
@@ -117,9 +119,10 @@ class Run:
     notebook: Path  # copy that is executed
     root: Path  # folder of the sweep, or of the cache
     name: str  # readable, from what the grid varies
-    parameters: dict = field(hash=False)  # all of them, except folders
+    parameters: dict = field(hash=False)  # every parameter with its value, except folders
     folders: dict = field(default_factory=dict, hash=False)  # `prepare_dir`, if the notebook reads a preparation; `profile`, if it is a file
     facts: dict = field(default_factory=dict, hash=False)  # digests of the notebook, of what it reads, of the code; settings
+    given: dict = field(default_factory=dict, hash=False)  # parameters that the kernel is given
 
     @property
     def identity(self) -> str: # eq. 1
@@ -148,12 +151,36 @@ def manifest(
     for path in paths: _sync(path)
     return {p.relative_to(folder).as_posix(): digest(p) for p in paths}
 
+def read_json(
+    path: str | Path, # of a file that should hold a JSON object
+) -> dict | None: # None when it does not, or is not there
+    "The object in a file, if there is one."
+    try: value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError): return None
+    return value if isinstance(value, dict) else None
+
 def read_record(
     folder: Path, # of a run
-) -> dict: # empty when there is none
+) -> dict: # empty when there is none, or none that can be read
     "What `run.json` says."
-    try: return json.loads((folder/"run.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError): return {}
+    record = read_json(folder/"run.json") or {}
+    attempts = record.get("attempts", [])
+    whole = (
+        isinstance(record.get("state", ""), str)
+        and isinstance(record.get("files", {}), dict)
+        and isinstance(attempts, list)
+        and all(isinstance(o, dict) and isinstance(o.get("seconds"), int | float) for o in attempts)
+    )
+    return record if whole else {}
+
+def read_result(
+    folder: Path, # of a run
+) -> dict | None: # None when the run is not done, or the file is no longer what it was
+    "What `result.json` says, if it is the JSON object that the record speaks of."
+    record, path = read_record(folder), folder/"result.json"
+    if record.get("state") != "done" or not path.is_file(): return None
+    if digest(path) != record.get("files", {}).get("result.json"): return None
+    return read_json(path)
 
 def damaged(
     folder: Path, # of a finished run
@@ -166,15 +193,17 @@ def content_digest(
     folder: Path, # of a finished run
 ) -> str: # sha256
     "Digest of what later runs read from this one: every file except those that hold times and versions."
-    return text_digest({k: v for k, v in read_record(folder)["files"].items() if k not in _VOLATILE})
+    files = read_record(folder).get("files")
+    if not files:
+        raise StateError(f"`{folder}` holds no finished run (run.json is missing or damaged); "
+                         "run the same command again.")
+    return text_digest({k: v for k, v in files.items() if k not in _VOLATILE})
 
 # %% ../nbs/16_runs.ipynb #3502f6db
 @property
 def finished(self: Run) -> bool:
     "Whether the folder holds the undamaged result of this very run."
-    record, result = read_record(self.folder), self.folder/"result.json"
-    return (record.get("state") == "done" and record.get("identity") == self.identity
-            and result.is_file() and digest(result) == record["files"].get("result.json"))
+    return read_record(self.folder).get("identity") == self.identity and read_result(self.folder) is not None
 
 Run.finished = finished
 

@@ -30,11 +30,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 
-from .errors import InputError, MachineError, StateError
-from .notebooks import (execute, interrupt, make_runs, note_failure, profile_argument, read_grid, read_template,
-                            write_template)
+from .errors import InputError, MachineError, StateError, UserError
+from .notebooks import (Template, execute, execute_with, interrupt, make_runs, note_failure, profile_argument,
+                            read_grid, read_template, read_values, write_template)
 from .profiles import Profile, check_device, check_downloads, expected_minutes, get_profile, in_words
-from .runs import Run, damaged, is_locked, locked, read_record, write_atomic
+from .runs import (Run, damaged, is_locked, locked, read_json, read_record, read_result, text_digest,
+                       write_atomic)
 
 # %% auto #0
 __all__ = ['Execution', 'share_cores', 'connect', 'check_workers', 'known_costs', 'run_all', 'last_update', 'read_plan', 'status',
@@ -136,7 +137,7 @@ def known_costs(
     runs: list[Run], # of one sweep
 ) -> dict[str, float]: # seconds by `Run.key`; empty when nothing has finished
     "Expected duration: the mean over finished runs that differ in the seed only, else over all finished runs of the notebook."
-    setting = lambda run: (run.notebook, *sorted((k, v) for k, v in run.parameters.items() if k != "seed"))
+    setting = lambda run: (run.notebook, text_digest({k: v for k, v in run.parameters.items() if k != "seed"}))
     groups = {}
     for run in runs:
         record = read_record(run.folder)
@@ -180,7 +181,7 @@ class _Queue:
 def _outcome(future, run: Run) -> dict:
     from distributed import KilledWorker
     if future.status == "cancelled":
-        raise ConnectionError("the Dask scheduler was lost; finished runs are kept: run the same command again.")
+        raise MachineError("the Dask scheduler was lost; finished runs are kept: run the same command again.")
     try: return future.result()
     except KilledWorker: reason = "its workers were killed, again and again"
     except Exception as error: reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -274,14 +275,21 @@ def read_plan(
 ) -> dict: # request, and runs by key
     "What was asked of a folder. Raises `ValueError` when it holds no sweep."
     path = Path(out)/"sweep.json"
-    try:
-        plan = json.loads(path.read_text())
-        if not (isinstance(plan["runs"], dict) and isinstance(plan["request"], dict)): raise KeyError("runs")
-        return plan
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.") from None
+    if not path.exists():
+        raise InputError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.")
+    plan = read_json(path) or {}
+    request, runs = plan.get("request"), plan.get("runs")
+    whole = isinstance(request, dict) and isinstance(runs, dict) and all(
+        isinstance(o, dict) and isinstance(o.get("parameters"), dict) for o in runs.values())
+    if not whole: raise InputError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.")
+    return plan
+
+def _request(plan: dict, out: str | Path) -> dict: # of a sweep that can be repeated
+    wanted = {"notebook", "profile", "grid", "seeds", "cache", "prepared"}
+    if missing := sorted(wanted - set(plan["request"])):
+        raise InputError(f"`{Path(out)/'sweep.json'}` does not say `{missing[0]}`; "
+                         "run `klrb sweep` again, finished runs are kept.")
+    return plan["request"]
 
 def _write_plan(out: Path, request: dict, runs: list[Run]) -> None:
     with locked(out, timeout=60) as descriptor:
@@ -309,8 +317,11 @@ def status(
         state = record.get("state", "pending")
         if state == "running" and not is_locked(folder): state = "interrupted"
         attempts = record.get("attempts", [])
+        reason = attempts[-1].get("reason", "") if attempts and state == "failed" else ""
+        if state == "done" and record.get("files") and read_result(folder) is None:
+            state, reason = "failed", "result.json is missing or damaged"
         rows.append(dict(key=key, state=state, update=last_update(folder), seconds=sum(o["seconds"] for o in attempts),
-                         reason=attempts[-1]["reason"] if attempts and state == "failed" else "", parameters=entry["parameters"]))
+                         reason=reason, parameters=entry["parameters"]))
     return rows
 
 # %% ../nbs/20_study.ipynb #015a4080
@@ -336,7 +347,7 @@ def prepare(
     return run.folder
 
 # %% ../nbs/20_study.ipynb #8ef08741
-class SweepFailed(Exception):
+class SweepFailed(UserError):
     """Some notebooks failed for good; the message is the summary."""
 
 def _raise_for_failures(outcomes: dict[str, dict], total: int) -> None:
@@ -361,9 +372,10 @@ def sweep(
     """Run what is unfinished of a grid. Raises `ValueError` or `OSError` for bad input, `SweepFailed` when runs failed."""
     template = read_template(notebook)
     cells = read_grid(template, grid or {}, seeds)
-    if profile is None and "profile" in template.known: profile = template.known["profile"][1]
+    if profile is None and "profile" in template.known: profile = _default_profile(template)
     profile = None if profile is None else get_profile(profile)
-    request = dict(notebook=str(Path(notebook).resolve()), grid=grid or {}, seeds=seeds, cache=cache and str(Path(cache).resolve()),
+    request = dict(notebook=str(Path(notebook).resolve()), grid=read_values(template, grid or {}),
+                   seeds=seeds, cache=cache and str(Path(cache).resolve()),
                    **_profile_request(profile, Path(out)))
     execution = _for_device(execution, profile)
     if profile is not None and "profile" in template.known and not dry_run: check_machine(profile, execution)
@@ -372,7 +384,7 @@ def sweep(
         check_workers(execution)
         prepared = _prepared(profile, preparing, Path(cache or out/"cache"), execution, dry_run)
         runs = make_runs(template, cells, out, profile, prepared)
-        if only is not None: runs = [run for run in runs if run.parameters in only]
+        if only is not None: runs = [run for run in runs if _as_json(run.parameters) in only]
         if not runs: raise InputError(f"`{template.path.name}` has other parameters than at the last sweep; run `klrb sweep` again.")
         if dry_run: return _describe(runs, execution)
         write_template(template, runs, profile)
@@ -385,6 +397,13 @@ def _finish(runs: list[Run], execution: Execution) -> Counter:
     outcomes = run_all(todo, execution, known_costs(runs))
     _raise_for_failures(outcomes, len(runs))
     return Counter(done=len(runs))
+
+def _default_profile(template: Template) -> str:
+    default = template.known["profile"].default
+    if isinstance(default, str): return default
+    raise InputError(f"the parameter `profile` of `{template.path.name}` has no text as its default; give `profile`.")
+
+def _as_json(value): return json.loads(json.dumps(value))
 
 # %% ../nbs/20_study.ipynb #8cde2742
 def check_machine(
@@ -457,7 +476,7 @@ def retry(
     execution: Execution = Execution(), # where, and how often
 ) -> Counter: # number of runs by state
     "Run again what failed in the last request. Raises `ValueError` when the folder holds no sweep."
-    request = read_plan(out)["request"]
+    request = _request(read_plan(out), out)
     notebook = Path(request["notebook"]).stem
     failed = [row["parameters"] for row in status(out) if row["state"] == "failed" and row["key"].startswith(f"{notebook}/")]
     if not failed:
@@ -474,8 +493,8 @@ def report(
 
     Raises `ValueError` when there are none or the preparation is damaged, `SweepFailed` when a notebook fails.
     """
-    plan, rows, out = read_plan(out), status(out), Path(out).resolve()
-    request, notebook = plan["request"], Path(plan["request"]["notebook"])
+    request, rows, out = _request(read_plan(out), out), status(out), Path(out).resolve()
+    notebook = Path(request["notebook"])
     mine = lambda row: row["key"].startswith(f"{notebook.stem}/") and row["parameters"].get("profile") == request["profile"]
     rows = [row for row in rows if mine(row)]
     done = [row for row in rows if row["state"] == "done"]
@@ -494,8 +513,8 @@ def report(
 
 # %% ../nbs/20_study.ipynb #d2deb8b3
 def _write_table(path: Path, out: Path, rows: list[dict]) -> None:
-    results = [json.loads((out/row["key"]/"result.json").read_text()) if row["state"] == "done" else {} for row in rows]
-    flat = lambda o: {k: v for k, v in o.items() if not isinstance(v, (dict, list))} if isinstance(o, dict) else dict(result=o)
+    results = [read_result(out/row["key"]) or {} for row in rows]
+    flat = lambda o: {k: v for k, v in o.items() if not isinstance(v, (dict, list))}
     table = [row["parameters"] | {k: v for k, v in row.items() if k != "parameters"} | flat(o) for row, o in zip(rows, results)]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
@@ -508,8 +527,8 @@ def _render(pareto: Path, folder: Path, runs_dir: Path, profile: str, prepared: 
     parameters = dict(profile=profile, runs_dir=str(runs_dir), prepare_dir=str(prepared), planned=len(rows),
                       selection=str(selection), start=rows[0]["parameters"]["start"], out_dir=str(folder))
     with (folder/"log.txt").open("wb") as log:
-        try: pm.execute_notebook(str(pareto), str(folder/"executed.ipynb"), parameters=parameters, progress_bar=False,
-                                 kernel_name="python3", engine_name="klrb", popen=dict(cwd=str(folder), stdout=log, stderr=log))
+        popen = dict(cwd=str(folder), stdout=log, stderr=log)
+        try: execute_with(pareto, folder/"executed.ipynb", parameters, popen=popen)
         except pm.PapermillExecutionError as error: raise SweepFailed(f"{pareto.name}: {error.ename}: {error.evalue}") from None
 
 # %% ../nbs/20_study.ipynb #bc512574
