@@ -21,10 +21,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, InputTypeError, MissingFileError
+from .sources import DTYPES, pick_device
 
 # %% auto #0
 __all__ = ['ROLES', 'split_lines', 'check_unicode', 'check_row', 'read_rows', 'read_prompts', 'prompt_text', 'closing_tokens',
@@ -157,8 +159,9 @@ def _separated(text: str, tabs: bool, column: str|None, given: str) -> list[str]
     wanted = {column} if column is not None else {"prompt", "text"}
     try:
         if not tabs:
-            heads = {o: set(next(iter(_parse_table(text, o, csv.QUOTE_MINIMAL)), [])) for o in ",;\t|"}
-            delimiter = next((o for o, head in heads.items() if head & wanted), ",")
+            head = next((line for line in text.splitlines() if line.strip()), "")
+            heads = {o: next(csv.reader([head], delimiter=o), []) for o in ",;\t|"}
+            delimiter = next((o for o, names in heads.items() if wanted & {*names}), ",")
             rows = _parse_table(text, delimiter, csv.QUOTE_MINIMAL)
         else:
             rows = _tab_separated(text)
@@ -224,6 +227,8 @@ def _list_rows(source: Any, column: str|None, given: str) -> list:
             source = getattr(source, name)()
             break
     try:
+        if isinstance(source, str):  # an array of no dimension
+            raise TypeError
         rows = list(source)
     except TypeError:
         raise InputTypeError(f"{given}; give a list of texts, a table, or a file.") from None
@@ -337,22 +342,25 @@ def _named_rows(source: str, column: str|None, what: str, split: Callable) -> li
     if source == "-":
         data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
         return _parse(data, "-", column, f"`{what}` is standard input", split)
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            raise InputError(f"{given}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
-        if path.exists():
-            return _parse(path.read_bytes(), path.name, column, given, split)
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:  # no right to read it; no possible path
-        raise InputError(f"{given}, which cannot be read: {_first_line(error)}.") from None
+    if (data := _read(source, given)) is not None:
+        return _parse(data, Path(source).name, column, given, split)
     if Path(source).suffix.lower() in (*_KNOWN, *_SUFFIXES) or source.startswith((".", "/", "~")):
         raise MissingFileError(f"{given}, and there is no such file.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source, re.ASCII):
         raise InputError(f"{given}, which is neither a file nor the name of a data set; give a single "
                          "text as a list: [text].")
     return _read_hub(source, column, given)
+
+def _read(source: str, given: str) -> bytes|None:
+    "The bytes of a file, or None without one."
+    try:
+        path = Path(source).expanduser()
+        if not path.is_dir():
+            return path.read_bytes() if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # no right to read it; no possible path
+        why = getattr(error, "strerror", None) or _first_line(error)
+        raise InputError(f"{given}, which cannot be read: {why}.") from None
+    raise InputError(f"{given}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
 
 def _parse(data: bytes, name: str, column: str|None, given: str, split: Callable) -> list:
     "Rows of a file by its content, then by its name."
@@ -453,7 +461,8 @@ def encode_prompts(
 def check_chat(prompts: list, chat: bool) -> None:
     "Raise `ValueError` for chat messages without `chat`."
     if not chat and any(isinstance(o, list) for o in prompts):
-        raise InputError("`prompts` holds lists of chat messages; set `chat` to use the tokenizer's template.")
+        raise InputError("`prompts` holds lists of chat messages; set `chat` to use the tokenizer's"
+                         " template.")
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, closing: list[int]) -> list[int]:
     ids = list(tokenizer(text).input_ids)
@@ -466,7 +475,8 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, closing: list[in
 def _encode_chat(prompt: str|list, tokenizer: PreTrainedTokenizerBase, prefix: str, number: int) -> list[int]:
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     if prefix and messages[0]["role"] in ("system", "developer"):
-        raise InputError(f"prompt {number} has a system message, and the prefix would be another; leave one out.")
+        raise InputError(f"prompt {number} has a system message, and the prefix would be another; leave"
+                         " one out.")
     if prefix:
         messages = [dict(role="system", content=prefix), *messages]
     try:
@@ -572,7 +582,8 @@ def end_notes(
 # %% ../nbs/07_prompts.ipynb #9e597caf
 _ARGUMENTS = dict(
     direction=(str, "a text"), divergence=(str, "a text"), policy_prefix=(str, "a text"),
-    reference_prefix=(str, "a text"), dtype=(str, "a text"), chat=(bool, "True or False"),
+    reference_prefix=(str, "a text"), dtype=(str, "a name"),
+    device=((str, torch.device), "a name"), chat=(bool, "True or False"),
     trust_remote_code=(bool, "True or False"), progress=((bool, type(None)), "True, False or None"),
     save=((str, Path, type(None)), "a folder"), column=((str, type(None)), "a name"),
     temperature=(Real, "a positive number"), alpha=(Real, "a finite number"),
@@ -589,8 +600,14 @@ def check_arguments(
             raise InputTypeError(f"`{name}` is {value!r}; it must be {wanted}.")
         if isinstance(value, str):
             check_unicode(value, f"`{name}`")
+    for name in ("max_new_tokens", "max_samples", "window", "batch_tokens", "seed"):
+        if name in given and given[name] is None:
+            raise InputTypeError(f"`{name}` is None; it must be an integer.")
     if not math.isfinite(given.get("alpha", 0.)):
         raise InputError(f"`alpha` is {given['alpha']!r}; it must be a finite number.")
+    if given.get("dtype", DTYPES[0]) not in DTYPES:
+        raise InputError(f"`dtype` is {given['dtype']!r}; it must be one of {', '.join(DTYPES)}.")
+    pick_device(given.get("device", "cpu"))
     tokenizer = given.get("tokenizer")
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InputTypeError(f"`tokenizer` is a {type(tokenizer).__name__}; it must be a loaded tokenizer.")
