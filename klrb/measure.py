@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .prompts import (as_found, check_arguments, check_chat, encode_prompts, end_notes, prompt_notes, prompt_text,
+from .prompts import (as_found, check_arguments, check_chat, check_unused_tokenizer, encode_prompts, end_notes, prompt_notes, prompt_text,
                           quiet_loading, read_prompts, resolve_end_tokens)
 from .report import (SEQUENCE, TOKEN, Measurement, Result, Saver, draw_results, finish_saving, heatmap_html, plain_results, prompt_means)
 from .scoring import RolloutStream, check_integer, draw, own_end_tokens, resolve_divergence
@@ -209,4 +209,5 @@ def measure_kl(
     with as_found(policy, reference):
         with quiet_loading():
             sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
+        check_unused_tokenizer(tokenizer, tuple(o.tokenizer for o in sides), texts)
         return _measure(_Run(sides, texts, settings, save, progress))

@@ -31,7 +31,7 @@ from .sources import DTYPES, pick_device
 # %% auto #0
 __all__ = ['ROLES', 'split_lines', 'check_unicode', 'check_row', 'read_rows', 'read_prompts', 'prompt_text', 'closing_tokens',
            'encode_prompts', 'check_chat', 'prompt_notes', 'resolve_end_tokens', 'end_notes', 'check_arguments',
-           'as_found', 'quiet_loading']
+           'check_unused_tokenizer', 'as_found', 'quiet_loading']
 
 # %% ../nbs/07_prompts.ipynb #23f934fb
 _SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
@@ -611,8 +611,19 @@ def check_arguments(
     tokenizer = given.get("tokenizer")
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         raise InputTypeError(f"`tokenizer` is a {type(tokenizer).__name__}; it must be a loaded tokenizer.")
-    if tokenizer is not None and all(isinstance(given[o], (str, Path)) for o in ("policy", "reference")):
-        raise InputError("`tokenizer` is for loaded models, but both models are given by name; leave it out.")
+
+def check_unused_tokenizer(
+    tokenizer: PreTrainedTokenizerBase|None, # as it was given
+    used: tuple, # the tokenizers of the two sides
+    texts: list, # prompts or documents
+) -> None:
+    "Raise `ValueError` when a tokenizer is given that neither side uses and that reads the texts otherwise."
+    if tokenizer is None or any(o is tokenizer for o in used):
+        return
+    texts = [o for o in texts if isinstance(o, str)]
+    if encode_prompts(texts, tokenizer) != encode_prompts(texts, used[0]):
+        raise InputError("`tokenizer` is for loaded models, but both models are given by name, and theirs"
+                         " reads the texts differently; leave it out.")
 
 # %% ../nbs/07_prompts.ipynb #547011b8
 @contextmanager

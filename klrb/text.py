@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError, InputTypeError
-from .prompts import as_found, check_arguments, check_row, quiet_loading, read_rows
+from .prompts import as_found, check_arguments, check_row, check_unused_tokenizer, quiet_loading, read_rows
 from .report import Saver, finish_saving, heatmap_html, note_lines, plain
 from .scoring import check_integer, common_width, memory_errors, resolve_divergence, score_completions
 from .sequential import cluster_interval
@@ -226,6 +226,7 @@ def measure_text(
     with as_found(policy, reference):
         with quiet_loading():
             sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
+        check_unused_tokenizer(tokenizer, tuple(o.tokenizer for o in sides), documents)
         settings["window"] = min([window, *(o.context - 1 for o in sides if o.context is not None)])
         return _measure_windows(sides, documents, settings, save, not sys.stderr.isatty() if progress is None else not progress)
 

@@ -576,5 +576,9 @@ def test_bad_arguments_of_text_mode(settings):
     assert f"`{name}" in refusal(measure_text, POLICY, REFERENCE, ["a c"], **dict(tokenizer=build_tokenizer()) | settings)
 
 
-def test_a_tokenizer_that_would_be_ignored_is_refused():
-    assert "by name" in refusal(measure_kl, "pocket", "pocket", ["a"], tokenizer=build_tokenizer())
+def test_a_tokenizer_that_would_be_ignored_is_refused(tmp_path):
+    ours = saved(tmp_path, "ours", build_model(1), build_tokenizer())
+    other = build_tokenizer(["<s>"])
+    for function in (measure_kl, measure_text):
+        assert "by name" in refusal(function, ours, ours, ["a c"], tokenizer=other)
+    assert measure_kl(ours, ours, ["a c"], tokenizer=build_tokenizer(), samples=2, max_new_tokens=2).kl.mean == 0
