@@ -146,7 +146,7 @@ def _measure(run: _Run) -> Measurement:
     if run.saver:
         try:
             _finish(run, found)
-        except Exception as error:  # the numbers exist; whatever happens to the files must not lose them
+        except (Exception, KeyboardInterrupt) as error:  # the numbers exist; whatever happens to the files must not lose them
             warnings.warn(f"saving to {str(run.saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned.")
     return found
 

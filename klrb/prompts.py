@@ -382,7 +382,8 @@ def _parse(data: bytes, name: str, column: str|None, given: str, split: Callable
 def _read_hub(source: str, column: str|None, given: str) -> list:
     from datasets import load_dataset
     try:
-        rows = load_dataset(source, split="train")
+        with quiet_loading():
+            rows = load_dataset(source, split="train")
     except Exception as error:  # a download fails in more ways than can be listed
         raise InputError(f"{given}, which is no file, and loading it as a data set failed: "
                          f"{_first_line(error)}") from None

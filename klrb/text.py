@@ -259,6 +259,6 @@ def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, h
         results = {k: v for k, v in found.to_json().items() if k not in about}
         try:
             finish_saving(saver, status, results, dict(statistics=found.statistics), {}, shown)
-        except Exception as error:  # the numbers exist; whatever happens to the files must not lose them
+        except (Exception, KeyboardInterrupt) as error:  # the numbers exist; whatever happens to the files must not lose them
             warnings.warn(f"saving to {str(saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned.")
     return found

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 import torch
+import tqdm
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -28,7 +29,7 @@ from typer.testing import CliRunner
 import klrb.measure
 import klrb.report
 from klrb.cli import app
-from klrb.errors import InputError, UserError
+from klrb.errors import UserError
 from klrb.measure import measure_kl
 from klrb.prompts import (closing_tokens, encode_prompts, prompt_notes, quiet_loading, read_prompts,
                           resolve_end_tokens)
@@ -277,6 +278,22 @@ def test_a_table_gives_its_rows(case):
     assert found == ["NA", "b", "c"] and {type(o) for o in found} == {str}
 
 
+def test_a_data_set_of_the_hub_gives_its_column_quietly(monkeypatch, capsys):
+    def load(name, split):
+        assert (name, split) == ("some/data", "train")
+        list(tqdm.tqdm(range(3)))
+        return datasets.Dataset.from_pandas(FRAME)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_prompts("some/data") == ["NA", "b", "c"] and capsys.readouterr().err == ""
+    assert "it has n, prompt" in refusal(read_prompts, "some/data", "question")
+
+
+def test_standard_input_is_read_by_the_same_rules(monkeypatch):
+    for given in ("a\u2028b\nc\n".encode(), gzip.compress("a\u2028b\nc\n".encode())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert read_prompts("-") == ["a\u2028b", "c"]
+
+
 def test_columns_and_parts():
     assert read_prompts(FRAME.rename(columns=dict(prompt="question")), "question") == ["NA", "b", "c"]
     assert "leave it out" in refusal(read_prompts, ["a"], "prompt")
@@ -452,11 +469,13 @@ def test_a_figure_that_fails_takes_nothing_with_it(broken, monkeypatch, tmp_path
     read = json.loads((tmp_path/"out"/"measurement.json").read_text())
     assert read["status"] == "complete" and read["results"]["reverse"]["estimates"][0]["mean"] == found.kl.mean
     assert len(pd.read_parquet(tmp_path/"out"/"rollouts.parquet")) == 10 and (tmp_path/"out"/"reverse-prompts.csv").is_file()
+    assert (tmp_path/"out"/"heatmap.html").is_file() == (broken != "_write_heatmap")  # the others are drawn
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("mode", ["sampled", "text"])
-def test_a_full_disk_at_the_end_leaves_the_result(mode, monkeypatch, tmp_path):
-    def fail(*args): raise OSError(28, "No space left on device")
+def test_a_full_disk_or_ctrl_c_at_the_end_leaves_the_result(mode, error, monkeypatch, tmp_path):
+    def fail(*args, **settings): raise error
     monkeypatch.setattr(pd.DataFrame, "to_csv", fail)
     with pytest.warns(UserWarning, match="the result is returned"):
         if mode == "text": assert len(measure_text(POLICY, REFERENCE, ["a c d"], tokenizer=build_tokenizer(), save=tmp_path/"out").tokens) == 3
@@ -501,7 +520,6 @@ def test_json_is_ascii(tmp_path, monkeypatch):
 @pytest.mark.parametrize("function, given", [(measure_kl, ["a c"]), (measure_text, ["a c d"])])
 def test_loading_draws_no_bars_and_leaves_the_setting(function, given, tmp_path, capsys):
     import transformers.utils.logging as logging
-    import tqdm
     ours = saved(tmp_path, "ours", build_model(1), build_tokenizer())
     before, made = logging.is_progress_bar_enabled(), tqdm.tqdm.__init__
     logging.enable_progress_bar()
