@@ -244,6 +244,7 @@ def measure(
     direction: str = typer.Option("reverse", help="reverse is KL(policy || reference); forward; both."),
     divergence: str = typer.Option("kl", help="kl, forward_kl, jeffreys, js, tv, hellinger, chi2 or alpha."),
     alpha: float = typer.Option(0.5, help="Order of the alpha divergence."),
+    end_tokens: list[str] = typer.Option(None, "--end-token", show_default="the models'", help="Token that ends a completion; repeat for several."),
     chat: bool = typer.Option(False, "--chat", help="Apply the chat template."),
     policy_prefix: str = typer.Option("", help="Text before every prompt of the policy; with --chat, its system message."),
     reference_prefix: str = typer.Option("", help="The same for the reference."),
@@ -284,9 +285,12 @@ def _quiet_loading() -> None:
 
 def _show(measured, as_json: bool) -> None:
     "Print a measurement; exit code 130 when it was interrupted."
+    import sys
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not cost the result
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     if as_json:
         import json
-        typer.echo(json.dumps(measured.to_json(), ensure_ascii=False, allow_nan=False))
+        typer.echo(json.dumps(measured.to_json(), allow_nan=False))  # ASCII, for every terminal
     else:
         from rich.console import Console
         from klrb.report import heatmap_text

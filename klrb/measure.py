@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from pathlib import Path
 from time import monotonic
 
@@ -16,23 +17,29 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .report import (SEQUENCE, TOKEN, Measurement, Result, Saver, figures, finish_saving, heatmap_html, plain_results, prompt_means, running_estimates)
-from .scoring import RolloutStream, check_integer, draw, resolve_divergence
+from .prompts import (as_found, check_arguments, check_chat, check_unused_tokenizer, encode_prompts, end_notes, prompt_notes, prompt_text,
+                          quiet_loading, read_prompts, resolve_end_tokens)
+from .report import (SEQUENCE, TOKEN, Measurement, Result, Saver, draw_results, finish_saving, heatmap_html, plain_results, prompt_means)
+from .scoring import RolloutStream, check_integer, draw, own_end_tokens, resolve_divergence
 from .sequential import Interval, Tolerance, cluster_interval, parse_tolerance, sample_until
-from .sources import Side, describe, encode_prompts, load_pair, read_prompts
+from .sources import Side, describe, load_pair
 from .steps import DIVERGENCES
 
 # %% auto #0
 __all__ = ['DEFAULT_ROLLOUTS', 'measure_kl']
 
 # %% ../nbs/05_measure.ipynb #695b2055
-def _check_settings(s: dict) -> dict:
-    "The settings with aliases resolved. Raises `ValueError` on the first that cannot be."
+_SETTINGS = ("samples", "tolerance", "max_samples", "max_new_tokens", "temperature", "reference_temperature", "direction",
+             "divergence", "alpha", "end_tokens", "chat", "policy_prefix", "reference_prefix", "batch_tokens", "seed")
+
+def _check_settings(given: dict) -> dict:
+    "The settings among the arguments, with aliases resolved. Raises `ValueError` on the first that cannot be."
+    check_arguments(given)
+    s = {key: given[key] for key in _SETTINGS}
     divergence, direction = resolve_divergence(s["divergence"], s["direction"])
     for key, least in (("samples", 1), ("max_samples", 2), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)): check_integer(key, s[key], least)
     for key in ("temperature", "reference_temperature"):
         if s[key] is not None and not 0 < s[key] < math.inf: raise InputError(f"`{key}` is {s[key]!r}; it must be positive. Greedy decoding (0) has no density.")
-    if not math.isfinite(s["alpha"]): raise InputError(f"`alpha` is {s['alpha']!r}; it must be a finite number.")
     if s["tolerance"] is not None and s["samples"] is not None:
         raise InputError("`samples` fixes the number of rollouts and `tolerance` adapts it; give one of them.")
     tolerance = None if s["tolerance"] is None else parse_tolerance(s["tolerance"])
@@ -44,17 +51,22 @@ class _Run:
     "One call of `measure_kl`: its streams, files and progress bar."
 
     def __init__(self, sides: tuple[Side, Side], texts: list, s: dict, save, progress):
-        self.settings, self.texts, self.began = s, ["" if o is None else o if isinstance(o, str) else o[-1]["content"] for o in texts], monotonic()
+        self.settings, self.texts, self.began = s, [prompt_text(o) for o in texts], monotonic()
+        tokenizers = tuple(o.tokenizer for o in sides)
+        ends = resolve_end_tokens(s["end_tokens"], tokenizers)
         prompts = [encode_prompts(texts, o.tokenizer, s[f"{role}_prefix"], s["chat"]) for role, o in zip(("policy", "reference"), sides)]
         for role, side, rows in zip(("policy", "reference"), sides, prompts): _check_context(role, side, rows, s["max_new_tokens"])
         temperatures = s["temperature"], s["reference_temperature"]
-        common = dict(texts=self.texts, order=np.random.default_rng(s["seed"]).permutation(len(texts)), after_batch=lambda *o: _after_batch(self, *o),
+        common = dict(texts=self.texts, ends=ends, order=np.random.default_rng(s["seed"]).permutation(len(texts)), after_batch=lambda *o: _after_batch(self, *o),
                       **{key: s[key] for key in ("max_new_tokens", "divergence", "alpha", "batch_tokens", "seed")})
         both = s["direction"] == "both" or s["divergence"] == "jeffreys"
         if s["divergence"] == "jeffreys": common["divergence"] = "kl"  # of either direction; their sum is the Jeffreys divergence
         self.streams = {name: RolloutStream(sides[::way], ("policy", "reference")[::way], prompts=tuple(prompts[::way]), temperatures=temperatures[::way], **common)
                         for name, way in (("reverse", 1), ("forward", -1)) if both or s["direction"] == name}
-        self.about = dict(settings={k: str(v) if isinstance(v, Tolerance) else v for k, v in s.items()}, prompts=len(texts), **describe(sides))
+        self.about = dict(settings={k: str(v) if isinstance(v, Tolerance) else v for k, v in s.items()}, prompts=len(texts),
+                          notes=prompt_notes(texts, tokenizers, s["policy_prefix"], s["chat"]), **describe(sides))
+        if ends is None:
+            self.about["notes"] += end_notes(tuple(own_end_tokens(o) for o in sides), tokenizers[0])
         self.saver = Saver(save, self.about) if save is not None else None
         self.bar = tqdm(unit=" rollouts", disable=not (sys.stderr.isatty() if progress is None else progress))
         self.shown = -math.inf
@@ -72,7 +84,8 @@ def _after_batch(run: _Run, stream: RolloutStream, rows: pd.DataFrame) -> None:
         run.bar.set_postfix_str(str(_result(run, _direction(stream), [stream], "interrupted").interval()))
         run.shown = monotonic()
     if run.saver:
-        words = [stream.sides[0].tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in stream.last_tokens]
+        decoded = (stream.sides[0].tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in stream.last_tokens)
+        words = [o.encode("utf-8", "replace").decode() for o in decoded]  # some decoders leave half of a character
         tokens, steps = zip(*stream.last_tokens)
         saved = rows.assign(direction=_direction(stream), rollout=np.arange(len(stream) - len(rows), len(stream)), completion=words,
                             token_ids=list(tokens), step=list(steps))
@@ -130,7 +143,11 @@ def _measure(run: _Run) -> Measurement:
     largest = sorted((o for stream in run.streams.values() for o in stream.largest), key=lambda o: -max(o["step"]))[:5]
     largest = [o | dict(prompt=run.texts[o["prompt"]]) for o in largest]
     found = Measurement(results, run.about, seconds | dict(total=monotonic() - run.began), largest)
-    if run.saver: _finish(run, found)
+    if run.saver:
+        try:
+            _finish(run, found)
+        except (Exception, KeyboardInterrupt) as error:  # the numbers exist; whatever happens to the files must not lose them
+            warnings.warn(f"saving to {str(run.saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned.")
     return found
 
 def _sample(run: _Run, name: str, streams: list[RolloutStream], s: dict, P: int) -> str:
@@ -145,13 +162,13 @@ def _sample(run: _Run, name: str, streams: list[RolloutStream], s: dict, P: int)
     return sample_until(rollouts, s["tolerance"], P, s["max_samples"])
 
 def _finish(run: _Run, found: Measurement) -> None:
-    tables, drawn = {}, {}
+    tables, drawings = {}, {}
     for name, o in found.results.items():
-        data = dict(positions=o.positions, prompts=prompt_means(o), convergence=running_estimates(o))
-        tables |= {f"{name}-{key}": data[key] for key in ("positions", "prompts")}
-        drawn |= {f"{name}-{key}": (figure, data[key]) for key, figure in figures(o).items()}
-    shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
-    finish_saving(run.saver, found.status, plain_results(found.results) | dict(seconds=found.seconds), tables, drawn, shown)
+        tables |= {f"{name}-positions": o.positions, f"{name}-prompts": prompt_means(o)}
+        drawings |= {f"{name}-{key}": draw for key, draw in draw_results(o).items()}
+    def shown(): return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+    results = plain_results(found.results) | dict(seconds=found.seconds)
+    finish_saving(run.saver, found.status, results, tables, drawings, shown)
 
 # %% ../nbs/05_measure.ipynb #15da7bdf
 DEFAULT_ROLLOUTS = 1024  # ours, spread over the prompts
@@ -159,7 +176,7 @@ DEFAULT_ROLLOUTS = 1024  # ours, spread over the prompts
 def measure_kl(
     policy: str|Path|PreTrainedModel, # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
     reference: str|Path|PreTrainedModel, # the same
-    prompts: str|Path|list|None = None, # file, Hub data set, "-", or list; None: from the beginning of text
+    prompts: str|Path|list|None = None, # file, Hub data set, "-", table or list; None: from the beginning of text
     *,
     samples: int|None = None, # completions per prompt; None: 1,024 over all prompts
     tolerance: str|float|None = None, # sample until the half-width is below: nats, or "5%"; None: fixed number
@@ -170,6 +187,7 @@ def measure_kl(
     direction: str = "reverse", # "reverse" KL(policy || reference), "forward", or "both"
     divergence: str = "kl", # a key of `klrb.steps.DIVERGENCES`, or js, tv, chi2, hellinger
     alpha: float = 0.5, # order of the "alpha" divergence, as in `step_divergence`
+    end_tokens: list[str]|str|None = None, # tokens that end a completion; None: all that end either model's
     chat: bool = False, # apply the chat template
     policy_prefix: str = "", # before every prompt on this side; with `chat`, the system message
     reference_prefix: str = "", # the same on the other side
@@ -185,8 +203,11 @@ def measure_kl(
 ) -> Measurement:
     """Divergence of two language models over sampled completions, with intervals that count prompts. Raises `ValueError` on bad input."""
     given = dict(locals())
-    settings = _check_settings({key: given[key] for key in (
-        "samples", "tolerance", "max_samples", "max_new_tokens", "temperature", "reference_temperature", "direction", "divergence", "alpha",
-        "chat", "policy_prefix", "reference_prefix", "batch_tokens", "seed")})
+    settings = _check_settings(given)
     texts = read_prompts(prompts, column)
-    return _measure(_Run(load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code), texts, settings, save, progress))
+    check_chat(texts, chat)
+    with as_found(policy, reference):
+        with quiet_loading():
+            sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
+        check_unused_tokenizer(tokenizer, tuple(o.tokenizer for o in sides), texts)
+        return _measure(_Run(sides, texts, settings, save, progress))

@@ -131,6 +131,7 @@ def _tiny_random(seed: int) -> PreTrainedModel:
 def check_same_tokenizer(
     policy_tokenizer: PreTrainedTokenizerBase, # of the policy
     ref_tokenizer: PreTrainedTokenizerBase, # of the reference
+    special: bool = True, # texts must also begin and end with the same tokens
 ) -> None:
     "Raise `ValueError`, showing the first differences, unless vocabulary and special ids are the same."
     ours, theirs = policy_tokenizer.get_vocab(), ref_tokenizer.get_vocab()
@@ -139,7 +140,7 @@ def check_same_tokenizer(
         shown = "; ".join(f"{t!r}: {ours.get(t, 'absent')} and {theirs.get(t, 'absent')}" for t in differing[:3])
         raise InputError(f"policy and reference tokenizers differ in {len(differing):,} entries ({shown}); "
                          "a KL divergence needs one vocabulary: take both models from one base.")
-    for name in ("bos_token_id", "eos_token_id"):
+    for name in ("bos_token_id", "eos_token_id")*special:
         if getattr(policy_tokenizer, name) != getattr(ref_tokenizer, name):
             raise InputError(f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
                              f"{getattr(ref_tokenizer, name)} for the reference; completions would end at different tokens.")

@@ -8,10 +8,13 @@ from __future__ import annotations
 import html
 import json
 import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any
+from unicodedata import category
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,16 +28,21 @@ from .sequential import Interval, cluster_interval
 
 # %% auto #0
 __all__ = ['SEQUENCE', 'TOKEN', 'REASONS', 'NAMES', 'FLUSH_SECONDS', 'heatmap_html', 'heatmap_text', 'Result', 'estimates',
-           'prompt_means', 'running_estimates', 'plain', 'Measurement', 'plain_results', 'plot_positions',
-           'plot_prompts', 'plot_convergence', 'figures', 'Saver', 'finish_saving']
+           'prompt_means', 'running_estimates', 'plain', 'note_lines', 'Measurement', 'plain_results', 'plot_positions',
+           'plot_prompts', 'plot_convergence', 'figures', 'draw_results', 'Saver', 'finish_saving']
 
 # %% ../nbs/22_report.ipynb #be5b4bac
+def _shown(text: str) -> str:
+    "The text without control characters and halves of characters, which are written as escapes."
+    return "".join(o.encode("unicode_escape").decode() if category(o) in ("Cc", "Cs") and o not in "\n\t" else o for o in text)
+
 def heatmap_html(
     prompt: str, # shown without colour
     tokens: list[str], # of the completion
     values: list[float], # divergence of each step, in nats
 ) -> str: # HTML, the step with the largest value darkest; values as tooltips
     "A completion with every token coloured by its step divergence."
+    prompt, *tokens = (_shown(o) for o in (prompt, *tokens))
     top = max([v for v in values if math.isfinite(v)], default=0.) or 1.
     spans = "".join(f'<span title="{v:.3g}" style="background:rgba(213,94,0,{min(max(v, 0.)/top, 1.):.2f})">{html.escape(t)}</span>'
                     for t, v in zip(tokens, values))
@@ -48,6 +56,7 @@ def heatmap_text(
 ): # -> rich.text.Text
     "A completion with every token coloured by its step divergence, for a terminal."
     from rich.text import Text
+    prompt, *tokens = (_shown(o) for o in (prompt, *tokens))
     top = max([v for v in values if math.isfinite(v)], default=0.) or 1.
     text = Text(prompt.replace("\n", "\\n"), style="dim")
     for token, value in zip(tokens, values):
@@ -135,6 +144,10 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 # %% ../nbs/22_report.ipynb #3abe4d36
+def note_lines(about: dict) -> list[str]: # one line per note
+    "What a reader must know besides the numbers, for the end of a printed measurement."
+    return [f"  NOTE: {_shown(o)}." for o in about.get("notes", ())]
+
 NAMES = dict(rb="RB", mc="MC", k3="k3")
 
 @dataclass
@@ -164,11 +177,11 @@ class Measurement:
         "Everything but the rollouts."
         return plain(dict(status=self.status, **self.about, results=plain_results(self.results), seconds=self.seconds))
 
-    def __repr__(self): return "\n".join(map(_as_text, self.results.values()))
+    def __repr__(self): return "\n".join([*map(_as_text, self.results.values()), *note_lines(self.about)])
 
     def _repr_html_(self):
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
-        return f"<pre>{self}</pre>" + (f"<p>Completions with the largest steps (nats, sum at the end):</p>{shown}" if shown else "")
+        return f"<pre>{html.escape(repr(self))}</pre>" + (f"<p>Completions with the largest steps (nats, sum at the end):</p>{shown}" if shown else "")
 
 # %% ../nbs/22_report.ipynb #7575183b
 def plain_results(results: dict[str, Result]) -> dict: # by name: label, counts, estimates
@@ -238,9 +251,28 @@ def figures(
     result: Result,
 ) -> dict: # matplotlib figures: "positions", "prompts" if there are several, and "convergence"
     "The figures of a result."
-    drawn = dict(positions=plot_positions(result.positions, result.label)) if len(result.positions) else {}
-    if result.num_prompts > 1: drawn["prompts"] = plot_prompts(prompt_means(result), result.label)
-    return drawn | dict(convergence=plot_convergence(running_estimates(result), result.label))
+    return {name: draw() for name, (draw, _) in _drawings(result).items()}
+
+def _drawings(result: Result) -> dict[str, tuple[Callable[[], Figure], pd.DataFrame]]:
+    "How each figure is drawn, and the numbers behind it."
+    label, means, steps = result.label, prompt_means(result), running_estimates(result)
+    found = dict(positions=(lambda: plot_positions(result.positions, label), result.positions),
+                 prompts=(lambda: plot_prompts(means, label), means),
+                 convergence=(lambda: plot_convergence(steps, label), steps))
+    left_out = {o for o, empty in dict(positions=result.positions.empty, prompts=result.num_prompts == 1).items() if empty}
+    return {name: o for name, o in found.items() if name not in left_out}
+
+def draw_results(
+    result: Result, # of one direction
+) -> dict[str, Callable[[Path], None]]: # by the figure's name; each draws and saves it under a stem
+    "Figures that have not been drawn yet, so that one that fails takes nothing with it."
+    def save(draw, data):
+        def write(stem):
+            figure = draw()
+            try: save_figure(figure, stem, data)
+            finally: plt.close(figure)
+        return write
+    return {name: save(*o) for name, o in _drawings(result).items()}
 
 # %% ../nbs/22_report.ipynb #49d2ee16
 FLUSH_SECONDS = 2.  # ours: how much of a run may be lost when it is killed
@@ -267,7 +299,7 @@ class Saver:
     def status(self, status: str, results: dict) -> None:
         "Write `measurement.json`."
         content = plain(dict(status=status, **self.about, results=results))
-        write_atomic(self.out/"measurement.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode())
+        write_atomic(self.out/"measurement.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace"))
 
     def add(self, rows: pd.DataFrame, results) -> None: # results: a function, called when it is time to write
         "Keep rows, and write what has been kept once in a while."
@@ -288,17 +320,27 @@ def finish_saving(
     status: str, # "complete" or "interrupted"
     results: dict, # for `measurement.json`
     tables: dict[str, pd.DataFrame], # written as CSV
-    figures: dict[str, tuple[Figure, pd.DataFrame]], # and the numbers behind them
-    heatmap: str, # HTML
+    drawings: dict[str, Callable[[Path], None]], # from `draw_results`, by name
+    heatmap: Callable[[], str], # gives HTML
 ) -> None:
-    "Write tables (CSV), figures (SVG, PNG, CSV) and the heat map; join the parts; then write the last status."
+    """Write rollouts, tables (CSV) and the last status; then what only shows them: figures and the heat map.
+
+    A figure that fails is a warning: the numbers are there by then.
+    """
     saver.flush()
     if saver.parts: write_atomic(saver.out/f"{saver.name}.parquet", pd.read_parquet(saver.out/saver.name).to_parquet(index=False))
-    for name, table in tables.items(): write_atomic(saver.out/f"{name}.csv", table.to_csv(index=False).encode())
-    for name, (figure, data) in figures.items():
-        save_figure(figure, saver.out/"figures"/name, data)
-        plt.close(figure)
-    if heatmap: write_atomic(saver.out/"heatmap.html", f'<!doctype html><meta charset="utf-8">{heatmap}'.encode())
+    for name, table in tables.items():
+        write_atomic(saver.out/f"{name}.csv", table.to_csv(index=False).encode("utf-8", "backslashreplace"))
     saver.status(status, results)
     for path in (saver.out/saver.name).iterdir(): path.unlink()
     (saver.out/saver.name).rmdir()
+    for name, draw in drawings.items(): _try_to_show(f"figures/{name}", lambda draw=draw, name=name: draw(saver.out/"figures"/name))
+    _try_to_show("heatmap.html", lambda: _write_heatmap(saver.out/"heatmap.html", heatmap()))
+
+def _try_to_show(name: str, write: Callable[[], None]) -> None:
+    try: write()
+    except Exception as error:  # fonts, disks, back ends: whatever it is, the numbers are saved
+        warnings.warn(f"`{name}` was not saved ({type(error).__name__}: {error}); the numbers are.")
+
+def _write_heatmap(path: Path, shown: str) -> None:
+    if shown: write_atomic(path, f'<!doctype html><meta charset="utf-8">{shown}'.encode())

@@ -22,8 +22,8 @@ from .sources import Side
 from .steps import COMPILE_FROM, DIVERGENCES, k3, step_divergence
 
 # %% auto #0
-__all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'SHOWN', 'common_width', 'end_tokens', 'resolve_divergence', 'check_integer',
-           'memory_errors', 'Scores', 'pad_left', 'score_completions', 'RolloutStream', 'draw']
+__all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'SHOWN', 'common_width', 'own_end_tokens', 'end_tokens', 'resolve_divergence',
+           'check_integer', 'memory_errors', 'Scores', 'pad_left', 'score_completions', 'RolloutStream', 'draw']
 
 # %% ../nbs/08_scoring.ipynb #1e8387e9
 def common_width(first: Side, second: Side) -> int: # V
@@ -34,13 +34,15 @@ def common_width(first: Side, second: Side) -> int: # V
                          "entries; model and tokenizer do not belong together.")
     return min(widths)
 
+def own_end_tokens(side: Side) -> list[int]: # sorted
+    "Tokens that end a text of one side, by its tokenizer and its generation settings."
+    given = getattr(side.model.generation_config, "eos_token_id", None)
+    found = set(given) if isinstance(given, (list, tuple)) else {given}
+    return sorted((found | {side.tokenizer.eos_token_id}) - {None})
+
 def end_tokens(first: Side, second: Side) -> list[int]: # sorted
     "Tokens that end a completion, the same for both sides."
-    found = {first.tokenizer.eos_token_id}
-    for side in (first, second):
-        given = getattr(side.model.generation_config, "eos_token_id", None)
-        found |= set(given) if isinstance(given, (list, tuple)) else {given}
-    return sorted(found - {None})
+    return sorted({*own_end_tokens(first), *own_end_tokens(second)})
 
 # %% ../nbs/08_scoring.ipynb #3db3e872
 ALIASES = dict(js="jensen_shannon", tv="total_variation", hellinger="squared_hellinger", chi2="chi_square", reverse_kl="kl")
@@ -161,6 +163,7 @@ class RolloutStream:
     alpha: float = 0.5 # order of the "alpha" divergence
     batch_tokens: int = 4096 # prompt and completion tokens of one batch
     seed: int = 0 # of the sampling
+    ends: list[int]|None = None # tokens that end a completion; None: those of either side
     after_batch: Callable|None = None # called with the stream and the rows of each batch
     rows: list[pd.DataFrame] = field(default_factory=list) # what has been drawn
     seconds: dict[str, float] = field(default_factory=lambda: dict(generation=0., forward=0., estimation=0.))
@@ -168,7 +171,8 @@ class RolloutStream:
     last_tokens: list[tuple] = field(default_factory=list) # token ids and step divergences of the last batch
 
     def __post_init__(self):
-        self.width, self.ends = common_width(*self.sides), end_tokens(*self.sides)
+        self.width = common_width(*self.sides)
+        self.ends = end_tokens(*self.sides) if self.ends is None else self.ends
         longest = max(len(row) for side in self.prompts for row in side) + self.max_new_tokens
         if longest > self.batch_tokens:
             raise InputError(f"`batch_tokens` is {self.batch_tokens:,}, but one rollout has up to {longest:,} tokens; give at least that many.")

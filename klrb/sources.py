@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from .errors import InputError, InputTypeError
 from .models import check_same_tokenizer, load_model, load_tokenizer
 
 # %% auto #0
-__all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe', 'read_prompts', 'encode_prompts']
+__all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe']
 
 # %% ../nbs/07_sources.ipynb #ef08defb
 @dataclass
@@ -143,7 +141,8 @@ def load_pair(
     ours, theirs = sides
     if ours.peft is not None and theirs.peft is None and theirs.model is ours.model: theirs.peft = ours.peft
     if theirs.peft is not None and ours.peft is None and theirs.model is ours.model: ours.peft = theirs.peft
-    if ours.tokenizer is not theirs.tokenizer: check_same_tokenizer(ours.tokenizer, theirs.tokenizer)
+    if ours.tokenizer is not theirs.tokenizer:
+        check_same_tokenizer(ours.tokenizer, theirs.tokenizer, special=False)  # klrb.prompts: ends, beginnings
     return ours, theirs
 
 # %% ../nbs/07_sources.ipynb #d9ddceac
@@ -204,97 +203,3 @@ def _check_peft(peft) -> None:
     for name, config in peft.peft_config.items():
         if config.is_prompt_learning:
             raise InputError(f"the adapter is of type {config.peft_type.value}, which learns a prompt; only adapters inside the layers, such as LoRA, can be measured.")
-
-# %% ../nbs/07_sources.ipynb #3444ca38
-def read_prompts(
-    source: str|Path|list|None, # .txt, .jsonl, .csv or .parquet file, Hub data set, "-" for standard input, a list; None: no prompts
-    column: str|None = None, # field or column; None: "prompt" or "text", whichever is there
-    what: str = "prompts", # the argument, for error messages
-) -> list: # prompts, as text or as lists of chat messages; [None] without prompts
-    "Read prompts. Raises `ValueError` when there are none or the file is not what it should be."
-    if source is None: return [None]
-    if isinstance(source, (str, Path)): rows = _read_rows(str(source), column, what)
-    else: rows = list(source)
-    rows = [o for o in rows if not isinstance(o, str) or o.strip()]
-    if not rows: raise InputError(f"`{what}` is empty: {str(source)[:80]!r} has no line with text.")
-    if bad := [o for o in rows if not isinstance(o, (str, list, tuple))]:
-        raise InputError(f"`{what}` holds {str(bad[0])[:60]!r}, a {type(bad[0]).__name__}; each must be a text, or a list of chat messages.")
-    return rows
-
-def _read_rows(source: str, column: str|None, what: str) -> list:
-    path = Path(source).expanduser()
-    suffix = path.suffix.lower()
-    if source == "-": return _decode(sys.stdin.buffer.read(), "standard input", what).splitlines()
-    if path.is_dir(): raise InputError(f"`{what}` is {source!r}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
-    if suffix in (".csv", ".parquet") and path.is_file(): return _read_column(path, suffix, column, what)
-    if path.is_file():
-        text = _decode(path.read_bytes(), source, what)
-        return _parse_jsonl(text, source, column, what) if suffix in (".jsonl", ".json") else text.splitlines()
-    if suffix in (".txt", ".jsonl", ".json", ".csv", ".parquet") or source.startswith((".", "/", "~")):
-        raise InputError(f"`{what}` is {source!r}, and there is no such file.")
-    return _read_hub(source, column, what)
-
-def _decode(data: bytes, source: str, what: str) -> str:
-    try: return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"`{what}` is {source!r}, which is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it first.") from None
-
-# %% ../nbs/07_sources.ipynb #b07bd713
-def _pick_column(columns: list[str], column: str|None, source: str, what: str) -> str:
-    if column is None: column = next((o for o in ("prompt", "text") if o in columns), None)
-    if column not in columns:
-        raise InputError(f"`{what}` is {source!r}, which has no column {column or 'prompt or text'!r}; it has {', '.join(columns)}. Set `column`.")
-    return column
-
-def _read_column(path: Path, suffix: str, column: str|None, what: str) -> list:
-    import pandas as pd
-    try: frame = pd.read_csv(path) if suffix == ".csv" else pd.read_parquet(path)
-    except (ValueError, OSError) as error: raise InputError(f"`{what}` is {str(path)!r}, which cannot be read: {_first_line(error)}") from None
-    return frame[_pick_column(list(frame.columns), column, str(path), what)].dropna().tolist()
-
-def _parse_jsonl(text: str, source: str, column: str|None, what: str) -> list:
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except json.JSONDecodeError as error: raise InputError(f"`{what}` is {source!r}, whose line {number} is not JSON: {error.msg}.") from None
-        if not isinstance(row, dict): raise InputError(f"`{what}` is {source!r}, whose line {number} is no JSON object; one object a line is wanted.")
-        rows.append(row[_pick_column(list(row), column, source, what)])
-    return rows
-
-def _read_hub(source: str, column: str|None, what: str) -> list:
-    from datasets import load_dataset
-    try: rows = load_dataset(source, split="train")
-    except Exception as error:  # a download fails in more ways than can be listed
-        raise InputError(f"`{what}` is {source!r}, which is no file, and loading it as a data set failed: {_first_line(error)}") from None
-    return list(rows[_pick_column(rows.column_names, column, source, what)])
-
-# %% ../nbs/07_sources.ipynb #54daa6df
-def encode_prompts(
-    prompts: list, # from `read_prompts`
-    tokenizer: PreTrainedTokenizerBase, # of both sides
-    prefix: str = "", # put before every prompt; with `chat`, the system message
-    chat: bool = False, # apply the tokenizer's chat template
-) -> list[list[int]]: # ids of each prompt, at least one
-    "Prompts as token ids. Raises `ValueError` without a chat template, or without a token to start from."
-    if chat and not tokenizer.chat_template:
-        raise InputError("`chat` is set, but the tokenizer has no chat template; leave it out, or use a chat model.")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    encoded = []
-    for prompt in prompts:
-        if chat: ids = _encode_chat(prompt or "", tokenizer, prefix)
-        elif prompt is not None and not isinstance(prompt, str):
-            raise InputError("`prompts` holds lists of chat messages; set `chat` to use the tokenizer's template.")
-        elif prompt is None and not prefix: ids = [] if start is None else [start]
-        else: ids = tokenizer(prefix + (prompt or "")).input_ids
-        if not ids: raise InputError(f"the prompt {prompt!r} has no tokens, and the tokenizer has no token to begin with; give prompts.")
-        encoded.append(list(ids))
-    return encoded
-
-def _encode_chat(prompt: str|list, tokenizer: PreTrainedTokenizerBase, prefix: str) -> list[int]:
-    messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
-    if prefix: messages = [dict(role="system", content=prefix), *messages]
-    try: text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise what they like
-        raise InputError(f"the chat template failed on {str(prompt)[:60]!r}: {_first_line(error)}") from None
-    return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them

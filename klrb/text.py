@@ -5,10 +5,13 @@
 # %% ../nbs/09_text.ipynb #c661efcc
 from __future__ import annotations
 
+import html
 import math
 import re
 import sys
+import warnings
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from time import monotonic
 
@@ -18,11 +21,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import InputError
-from .report import Saver, finish_saving, heatmap_html, plain
+from .errors import InputError, InputTypeError
+from .prompts import as_found, check_arguments, check_row, check_unused_tokenizer, quiet_loading, read_rows
+from .report import Saver, finish_saving, heatmap_html, note_lines, plain
 from .scoring import check_integer, common_width, memory_errors, resolve_divergence, score_completions
 from .sequential import cluster_interval
-from .sources import Side, describe, load_pair, read_prompts
+from .sources import Side, describe, load_pair
 
 # %% auto #0
 __all__ = ['PERCENTILES', 'RESAMPLES', 'weighted_percentiles', 'text_statistics', 'read_documents', 'TextMeasurement',
@@ -70,22 +74,54 @@ def text_statistics(
     return pd.DataFrame([*rows, ("mean Δ log p", change.mean, change.low, change.high)], columns=["statistic", "value", "low", "high"])
 
 # %% ../nbs/09_text.ipynb #d03a0426
+def _paragraphs(text: str) -> list[str]:
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return [o for o in re.split(r"\n\s*\n", text) if o.strip()]
+
 def read_documents(
-    source: str|Path|list, # .txt (documents separated by blank lines), .jsonl, .csv or .parquet file, Hub data set, "-", or a list
+    source: str|Path|list, # text file (documents are separated by blank lines), any other file of `read_prompts`, table, or list
     column: str|None = None, # field or column; None: "prompt" or "text"
 ) -> list: # texts, or lists of token ids
-    "Read documents. Raises `ValueError` when there are none."
-    rows = read_prompts(source, column, what="text")
-    if isinstance(source, (str, Path)) and (Path(source).suffix.lower() in (".txt", ".md", ".raw", "") and Path(source).is_file() or str(source) == "-"):
-        lines = Path(source).expanduser().read_text(encoding="utf-8-sig") if str(source) != "-" else "\n".join(rows)
-        rows = [o for o in re.split(r"\n\s*\n", lines) if o.strip()]
-    return rows
+    "Read documents. Raises `ValueError` when there are none, or naming the document that is none."
+    if source is None: raise InputTypeError("`text` is None; give a file, a data set, or a list of documents.")
+    rows = read_rows(source, column, "text", _paragraphs)
+    return [_document(row, f"document {number}") for number, row in enumerate(rows, 1)]
+
+def _document(row, where: str) -> str|list[int]:
+    row = check_row(row, where, "a list of token ids")
+    if isinstance(row, str): return row
+    for token in row:
+        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+            raise InputError(f"{where} holds {str(token)[:60]!r}, which is no token id; each document must be a text, or a list of ids.")
+    return [int(o) for o in row]
+
+def _check_ids(documents: list, width: int) -> None:
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, str) and max(document) >= width:
+            raise InputError(f"document {number} holds the token id {max(document):,}, but the models' logits have {width:,} entries; "
+                             "was it made by another tokenizer?")
+
+def _token_ids(document: str|list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return document if not isinstance(document, str) else list(tokenizer(document, add_special_tokens=False).input_ids)
+
+def _text_notes(documents: list, tokenizers: tuple) -> list[str]:
+    "Both sides read the tokens of the policy's tokenizer; what the other would have read is worth a note."
+    ours, theirs = tokenizers
+    if ours is theirs: return []
+    differing = [i for i, o in enumerate(documents, 1) if isinstance(o, str) and _token_ids(o, ours) != _token_ids(o, theirs)]
+    notes = []
+    if differing:
+        notes.append(f"the two tokenizers read {len(differing):,} of {len(documents):,} documents as other tokens (first: document "
+                     f"{differing[0]}); both models are given the policy's")
+    if ours.bos_token_id != theirs.bos_token_id:
+        notes.append(f"windows begin with the policy's {ours.bos_token!r}, also for the reference, whose tokenizer has {theirs.bos_token!r}")
+    return notes
 
 def _windows(documents: list, tokenizer: PreTrainedTokenizerBase, window: int) -> list[tuple[int, int, list[int], list[int]]]:
     "Document, position of its first scored token, what a window starts with, and the tokens that are scored."
     found = []
     for number, document in enumerate(documents):
-        ids = list(document) if not isinstance(document, str) else tokenizer(document, add_special_tokens=False).input_ids
+        ids = _token_ids(document, tokenizer)
         start = tokenizer.bos_token_id
         for at in range(0, len(ids), window):
             piece = ids[at:at + window]
@@ -115,11 +151,12 @@ class TextMeasurement:
         n = self.tokens.document.nunique()
         note = "95 % intervals over documents" if n > 1 else "one document: no intervals"
         return "\n".join([f"{self.label} on given text, nats per token", *rows, f"  {len(self.tokens):,} tokens of {n:,} documents; {note}"]
+                         + note_lines(self.about)
                          + (["  stopped: interrupted"] if self.status == "interrupted" else []))
 
     def _repr_html_(self):
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
-        return f"<pre>{self}</pre><p>Around the largest steps (nats, sum at the end):</p>{shown}"
+        return f"<pre>{html.escape(repr(self))}</pre><p>Around the largest steps (nats, sum at the end):</p>{shown}"
 
 # %% ../nbs/09_text.ipynb #0d11d3d8
 def _score_windows(sides, windows, width, batch_tokens, direction, divergence, alpha, seconds):
@@ -178,28 +215,35 @@ def measure_text(
     progress: bool|None = None, # progress bar; None: in a terminal
 ) -> TextMeasurement:
     "Divergence of two models' next tokens at every position of a text, with intervals over documents. Raises `ValueError` on bad input."
+    given = dict(locals())
+    check_arguments(given)
     divergence, direction = resolve_divergence(divergence, direction)
     if direction == "both": raise InputError("`direction` is 'both'; on given text it must be reverse or forward, one at a time.")
     for key, value, least in (("window", window, 1), ("batch_tokens", batch_tokens, 1), ("seed", seed, 0)): check_integer(key, value, least)
     documents = read_documents(text, column)
-    sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
-    window = min([window, *(o.context - 1 for o in sides if o.context is not None)])
-    settings = dict(text=str(text) if isinstance(text, (str, Path)) else f"{len(documents)} documents", window=window, direction=direction,
+    settings = dict(text=str(text) if isinstance(text, (str, Path)) else f"{len(documents)} documents", direction=direction,
                     divergence=divergence, alpha=alpha, batch_tokens=batch_tokens, seed=seed)
-    return _measure_windows(sides, documents, settings, save, not sys.stderr.isatty() if progress is None else not progress)
+    with as_found(policy, reference):
+        with quiet_loading():
+            sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
+        check_unused_tokenizer(tokenizer, tuple(o.tokenizer for o in sides), documents)
+        settings["window"] = min([window, *(o.context - 1 for o in sides if o.context is not None)])
+        return _measure_windows(sides, documents, settings, save, not sys.stderr.isatty() if progress is None else not progress)
 
 # %% ../nbs/09_text.ipynb #40fe7465
 def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, hide_bar: bool) -> TextMeasurement:
     began, seconds, status, rows = monotonic(), dict(forward=0., estimation=0.), "complete", []
+    width = common_width(*sides)
+    _check_ids(documents, width)
     windows = _windows(documents, sides[0].tokenizer, s["window"])
     if not windows: raise InputError("`text` has no tokens to score; give a longer text.")
-    about = dict(settings=s, **describe(sides))
+    about = dict(settings=s, notes=_text_notes(documents, tuple(o.tokenizer for o in sides)), **describe(sides))
     saver = None if save is None else Saver(save, about, "tokens")
     first, second = ("reference", "policy") if s["direction"] == "forward" else ("policy", "reference")
     label = f"{'KL' if s['divergence'] == 'kl' else s['divergence']}({first} || {second})"
     with tqdm(total=len(windows), unit=" windows", disable=hide_bar) as bar:
         try:
-            batches = _score_windows(sides, windows, common_width(*sides), s["batch_tokens"], *(s[o] for o in ("direction", "divergence", "alpha")), seconds)
+            batches = _score_windows(sides, windows, width, s["batch_tokens"], *(s[o] for o in ("direction", "divergence", "alpha")), seconds)
             for frame in batches:
                 rows.append(frame)
                 bar.update(int((frame.position.diff() != 1).sum()))
@@ -211,6 +255,10 @@ def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, h
     tokens = pd.concat(rows, ignore_index=True)
     found = TextMeasurement(text_statistics(tokens, s["seed"]), tokens, label, about, status, seconds | dict(total=monotonic() - began), _around(tokens, sides[0].tokenizer))
     if saver:
-        shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
-        finish_saving(saver, status, {k: v for k, v in found.to_json().items() if k not in about}, dict(statistics=found.statistics), {}, shown)
+        def shown(): return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+        results = {k: v for k, v in found.to_json().items() if k not in about}
+        try:
+            finish_saving(saver, status, results, dict(statistics=found.statistics), {}, shown)
+        except (Exception, KeyboardInterrupt) as error:  # the numbers exist; whatever happens to the files must not lose them
+            warnings.warn(f"saving to {str(saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned.")
     return found
