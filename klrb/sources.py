@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from . import __version__
 from .adapters import attach_adapter, check_active, check_adapters, one_line, split_name
 from .errors import InputError, InputTypeError
+from .gguf_files import load_gguf
 from .models import check_same_tokenizer, load_model, load_tokenizer
 
 # %% auto #0
@@ -99,11 +100,15 @@ def _check_exists(name: str) -> None:
 # %% ../nbs/07_sources.ipynb #7549b200
 def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
     path, safe = Path(name).expanduser(), {}
-    if path.suffix == ".gguf": where, settings["gguf_file"] = str(path.parent), path.name
+    is_gguf = path.suffix == ".gguf"
+    if is_gguf: where, settings["gguf_file"] = str(path.parent), path.name
     else: where, safe = str(path) if path.is_dir() else name, dict(use_safetensors=True)
     try:
+        if is_gguf: model = load_gguf(path, dtype, **settings)
         tokenizer = AutoTokenizer.from_pretrained(where, **settings)
+        if is_gguf: return tokenizer, *model
         return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
+    except InputError: raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
         raise InputError(f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a folder with config.json, "
                          "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a network or a filled cache).") from error
