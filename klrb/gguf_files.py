@@ -48,6 +48,8 @@ def read_gguf(
     keys = {key.removeprefix(prefix): o.contents() for key, o in reader.fields.items() if key.startswith(prefix)}
     strange = [o for o in reader.fields if o.split(".")[0] not in (architecture, *_ASIDE)]
     if strange: raise _refusal(path.name, f"has the key {strange[0]}")
+    uneven = [key for key, o in keys.items() if isinstance(o, list) and len(set(o)) > 1 and key not in HEADS]
+    if uneven: raise _refusal(path.name, f"sets {prefix}{uneven[0]} layer by layer")
     freqs = [o for o in reader.tensors if o.name == "rope_freqs.weight"]
     factors = dequantize(freqs[0].data, freqs[0].tensor_type).reshape(-1).tolist() if freqs else None
     shapes = {o.name: tuple(int(n) for n in reversed(o.shape)) for o in reader.tensors}
@@ -61,7 +63,7 @@ def _refusal(name: str, what: str) -> InputError:
 
 # %% ../nbs/07_gguf_files.ipynb #0e8bddc6
 FIELDS = {  # key: names of its counterpart in a configuration, and the value that changes nothing
-    "block_count": (("num_hidden_layers",), None), "embedding_length": (("hidden_size",), None),
+    "context_length": (("max_position_embeddings",), None), "block_count": (("num_hidden_layers",), None), "embedding_length": (("hidden_size",), None),
     "feed_forward_length": (("intermediate_size", "n_inner"), None),
     "attention.head_count": (("num_attention_heads",), None), "attention.head_count_kv": (("num_key_value_heads",), None),
     "attention.layer_norm_rms_epsilon": (("rms_norm_eps", "norm_eps"), None),
@@ -75,7 +77,7 @@ FIELDS = {  # key: names of its counterpart in a configuration, and the value th
     "expert_shared_feed_forward_length": (("shared_expert_intermediate_size",), None), "expert_shared_count": ((), 0),
     "expert_weights_norm": (("norm_topk_prob",), None), "expert_weights_scale": (("routed_scaling_factor",), 1.),
     "expert_gating_func": ((), 1), "pooling_type": ((), 0), "nextn_predict_layers": ((), 0)}
-HARMLESS = ("context_length", "vocab_size", "tensor_data_layout")  # a bound, the tokenizer's size, a remark
+HARMLESS = ("vocab_size", "tensor_data_layout")  # the embeddings' own size counts; a remark
 ROPE = ("rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
         "rope.scaling.original_context_length", "rope.scaling.finetuned")
 HEADS = ("attention.key_length", "attention.value_length", "attention.sliding_window", "attention.sliding_window_pattern")
@@ -88,6 +90,7 @@ def gguf_config(
     for key, value in file.keys.items():
         if key in FIELDS: _set_field(file, config, key, value)
         elif key not in HARMLESS + ROPE + HEADS: raise _refusal(file.name, f"sets {file.architecture}.{key}")
+    if (rows := file.tensors.get("token_embd.weight")) is not None: config.vocab_size = rows[0]
     config.tie_word_embeddings = "output.weight" not in file.tensors
     for part, field in (("attn_q.bias", "attention_bias"), ("ffn_up.bias", "mlp_bias")):
         if hasattr(config, field): setattr(config, field, any(o.endswith(part) for o in file.tensors))
@@ -99,9 +102,7 @@ def gguf_config(
 
 def _set_field(file: GgufFile, config: PretrainedConfig, key: str, value: Any) -> None:
     names, neutral = FIELDS[key]
-    if isinstance(value, list):
-        if len(set(value)) > 1: raise _refusal(file.name, f"sets {file.architecture}.{key} layer by layer")
-        value = value[0]
+    if isinstance(value, list): value = value[0]  # the same for every layer
     name = next((o for o in names if hasattr(config, o)), None)
     if name is not None: setattr(config, name, _rounded(value))
     elif key == "attention.head_count_kv" and value == config.num_attention_heads: pass
@@ -175,8 +176,7 @@ def check_gguf(
     model: nn.Module, # loaded from it
 ) -> None:
     "Raise `InputError` when a tensor of the file is not in the model, or the model turns by other frequencies."
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-    known = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict()))
+    known = _places(file, model)
     lost = [o for o in file.tensors if o not in known and o.removesuffix(".weight") not in known and o != "rope_freqs.weight"]
     lost = [o for o in lost if not (file.architecture == "gpt2" and o == "output.weight")]
     if lost: raise _refusal(file.name, f"has {len(lost)} tensors without a place in the model (first: {lost[0]})")
@@ -184,6 +184,22 @@ def check_gguf(
     for module in model.modules():
         found = getattr(module, "inv_freq", None)
         if isinstance(found, torch.Tensor): _check_frequencies(file, found.double().cpu())
+
+def _places(file: GgufFile, model: nn.Module) -> dict[str, str]:
+    "The file's names of the model's tensors, as transformers maps them (`get_gguf_hf_weights_map`, which takes a minute)."
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=model.config.to_dict())
+    architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
+    table, places = get_tensor_name_map(architecture, model.config.num_hidden_layers), {}
+    for full in map(processor.preprocess_name, model.state_dict()):
+        stem, dot, kind = full.rpartition(".")
+        if kind not in ("weight", "bias"): stem, dot, kind = full, "", ""
+        inner = ".".join(stem.split(".")[1:])  # some files were made from the model without its head
+        name = table.get_name(stem) or table.get_name(inner)
+        if name is None: processor.perform_fallback_tensor_mapping(places, dot + kind, "", full)
+        else: places[name + dot + kind] = full
+    return places
 
 def _check_frequencies(file: GgufFile, found: torch.Tensor) -> None:
     keys = file.keys

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -109,7 +110,8 @@ def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
         if is_gguf: return tokenizer, *model
         return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
     except InputError: raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+            StrictDataclassError) as error:
         raise InputError(f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a folder with config.json, "
                          "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a network or a filled cache).") from error
 

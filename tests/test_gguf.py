@@ -105,7 +105,7 @@ def tensors_of(model, arch):
     return tensors
 
 
-def write(model, path, arch, keys=(), drop=(), tensors=(), quantised=()):
+def write(model, path, arch, keys=(), drop=(), tensors=(), quantise=None):
     writer = gguf.GGUFWriter(path, arch)
     for key, value in (keys_of(model, arch) | dict(keys)).items():
         if key in drop or value is None: continue
@@ -113,11 +113,12 @@ def write(model, path, arch, keys=(), drop=(), tensors=(), quantised=()):
         kind = {bool: "bool", int: "uint32", float: "float32", str: "string"}.get(type(value), "array")
         getattr(writer, f"add_{kind}")(key, value)
     writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("default")
-    writer.add_token_list(["<end>", *(chr(ord("A") + i) for i in range(V - 1))]), writer.add_token_types([3] + [1]*(V - 1)), writer.add_token_merges(["A B"])
-    for name in ("bos", "eos", "pad"): getattr(writer, f"add_{name}_token_id")(0)
+    writer.add_token_list(["<|endoftext|>", *(chr(ord("A") + i) for i in range(V - 2)), "AB"]), writer.add_token_types([3] + [1]*(V - 1)), writer.add_token_merges(["A B"])
+    for name in ("bos", "eos", "pad", "unk"): getattr(writer, f"add_{name}_token_id")(0)
     for name, value in (tensors_of(model, arch) | dict(tensors)).items():
         if name in drop: continue
-        writer.add_tensor(name, value)
+        if quantise is None or value.ndim < 2: writer.add_tensor(name, value)
+        else: writer.add_tensor(name, gguf.quantize(value, quantise), raw_dtype=quantise)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     return path
 
@@ -143,3 +144,170 @@ def check(model, path):
 def test_a_file_is_the_model_it_was_made_from(arch, tied, tmp_path):
     model = model_of(arch, tie_word_embeddings=tied)
     check(model, write(model, tmp_path/"m.gguf", arch))
+
+
+FACTORS = [1., 1.3, 2., 8.]  # of pairs, rising, as Llama 3.1's
+BASE = dict(rope_type="default") | THETA
+ROPES = {  # what the model has, what llama.cpp writes of it
+    "factors of frequencies": (dict(rope_type="longrope", short_factor=FACTORS, long_factor=FACTORS, factor=1., attention_factor=1.,
+                                    original_max_position_embeddings=64), {}, FACTORS),
+    "linear": (dict(rope_type="linear", factor=4.), {"rope.scaling.type": "linear", "rope.scaling.factor": 4.}, None),
+    "linear by default": (dict(rope_type="linear", factor=4.), {"rope.scaling.factor": 4.}, None),
+    "linear, the old key": (dict(rope_type="linear", factor=4.), {"rope.scale_linear": 4.}, None),
+    "none": (dict(rope_type="default"), {"rope.scaling.type": "none", "rope.scaling.factor": 4.}, None),
+    "linear and factors": (dict(rope_type="longrope", short_factor=[2*o for o in FACTORS], long_factor=[2*o for o in FACTORS], factor=1.,
+                                attention_factor=1., original_max_position_embeddings=64), {"rope.scaling.factor": 2.}, FACTORS),
+    "YaRN": (dict(rope_type="yarn", factor=4., original_max_position_embeddings=16),
+             {"rope.scaling.type": "yarn", "rope.scaling.factor": 4., "rope.scaling.original_context_length": 16, "rope.scaling.finetuned": True}, None)}
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("name", ROPES)
+def test_scaled_positions_are_applied(name, arch, tmp_path):
+    rope, keys, factors = ROPES[name]
+    model, plain = model_of(arch, rope_parameters=rope | THETA), model_of(arch)
+    if name != "none": assert kl(model, plain) > 1e-3
+    tensors = {} if factors is None else {"rope_freqs.weight": np.array(factors, dtype=np.float32)}
+    check(model, write(model.float(), tmp_path/"m.gguf", arch, keys, tensors=tensors))
+
+
+def test_llama_3_1_itself(tmp_path):
+    """Its own parameters, scaled to a context of 64, and llama.cpp's own formula for the tensor (convert_hf_to_gguf.py, `generate_extra_tensors`)."""
+    rope = dict(rope_type="llama3", rope_theta=500., factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=32)
+    model, factors = model_of("llama", rope_parameters=rope), []
+    for i in range(4):
+        freq = 500.**(-2*i/8)
+        length = 2*math.pi/freq
+        if length < 32/4: factors.append(1.)
+        elif length > 32/1: factors.append(8.)
+        else:
+            smooth = (32/length - 1)/(4 - 1)
+            factors.append(1/((1 - smooth)/8 + smooth))
+    assert len(set(factors)) == 3
+    path = write(model, tmp_path/"m.gguf", "llama", tensors={"rope_freqs.weight": np.array(factors, dtype=np.float32)})
+    check(model, path)
+    check(model, write(model.float(), tmp_path/"n.gguf", "llama", tensors={"rope_freqs.weight": np.array(factors, dtype=np.float32)}))
+
+
+def test_the_measured_divergence_is_zero(tmp_path):
+    rope, keys, factors = ROPES["factors of frequencies"]
+    model = model_of("llama", rope_parameters=rope | THETA)
+    path = write(model, tmp_path/"m.gguf", "llama", keys, tensors={"rope_freqs.weight": np.array(factors, dtype=np.float32)})
+    inner = Tokenizer(models.WordLevel({o: i for i, o in enumerate(["<|endoftext|>", *(chr(ord("A") + i) for i in range(V - 2)), "AB"])}, unk_token="A"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>", padding_side="left")
+    policy, _ = load_pair(path, model, words)
+    found = measure_kl(policy.model, model, samples=16, max_new_tokens=8, tokenizer=words)
+    assert abs(found.kl.mean) < 1e-6
+
+
+def test_a_scaled_model_survives_the_cache(tmp_path, monkeypatch):
+    from klrb.models import cached_model
+    from transformers import AutoModelForCausalLM
+    rope, keys, factors = ROPES["linear and factors"]
+    model = model_of("llama", rope_parameters=rope | THETA)
+    path = write(model, tmp_path/"m.gguf", "llama", keys, tensors={"rope_freqs.weight": np.array(factors, dtype=np.float32)})
+    assert abs(kl(model, AutoModelForCausalLM.from_pretrained(cached_model(path, tmp_path/"cache")))) < 1e-9
+
+
+def test_defaults_are_those_of_llama_cpp_and_not_of_transformers(tmp_path):
+    for arch in ("llama", "qwen3", "starcoder2", "gemma2"):
+        model = model_of(arch, **({} if arch == "gemma2" else dict(rope_parameters=dict(rope_type="default", rope_theta=10000.))))
+        check(model, write(model, tmp_path/f"{arch}.gguf", arch, drop=("rope.freq_base", "rope.dimension_count", "vocab_size")))
+
+
+def test_biases_are_read_where_the_file_has_them(tmp_path):
+    model = model_of("llama", attention_bias=True, mlp_bias=True)
+    check(model, write(model, tmp_path/"m.gguf", "llama"))
+
+
+@pytest.mark.parametrize("settings", [dict(query_pre_attn_scalar=16, attn_logit_softcapping=7.), dict(final_logit_softcapping=1.), dict(sliding_window=2),
+                                      pytest.param(dict(num_hidden_layers=46, query_pre_attn_scalar=8), marks=pytest.mark.slow)], ids=str)
+def test_gemma_2_is_read_with_its_caps_windows_and_scales(settings, tmp_path):
+    model = model_of("gemma2", **settings)
+    check(model, write(model, tmp_path/"m.gguf", "gemma2"))
+
+
+def test_gemma_3_scales_its_global_layers_only(tmp_path):
+    near = dict(rope_type="default", rope_theta=100.)
+    model = model_of("gemma3", rope_parameters=dict(full_attention=dict(rope_type="linear", factor=4., rope_theta=900.), sliding_attention=near))
+    keys = {"rope.scaling.type": "linear", "rope.scaling.factor": 4., "rope.freq_base_swa": 100.}
+    check(model, write(model, tmp_path/"m.gguf", "gemma3", keys))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
+def test_quantised_tensors_are_what_gguf_makes_of_them(kind, tmp_path):
+    kind = gguf.GGMLQuantizationType[kind]
+    model = model_of("qwen2", hidden_size=64, num_attention_heads=4)
+    path = write(model, tmp_path/"m.gguf", "qwen2", quantise=kind)
+    for parameter in model.parameters():
+        if parameter.dim() > 1: parameter.data = torch.tensor(gguf.dequantize(gguf.quantize(parameter.detach().numpy(), kind), kind))
+    check(model, path)
+
+
+# Files that say what nobody would do
+
+NORM = np.ones(8, dtype=np.float32)
+REFUSED = {  # what is added to the file, and the name in the message
+    "an unknown key": ("llama", {"attention.brand_new": 1.5}, {}, "sets llama.attention.brand_new"),
+    "an unknown family of keys": ("llama", {"other.key": 1}, {}, "has the key other.key"),
+    "an unknown tensor": ("llama", {}, {"blk.0.attn_gate.weight": NORM}, r"1 tensors without a place .*blk.0.attn_gate.weight"),
+    "norms of queries": ("llama", {}, {"blk.0.attn_q_norm.weight": NORM}, "blk.0.attn_q_norm.weight"),
+    "norms of queries, Qwen 2": ("qwen2", {}, {"blk.1.attn_q_norm.weight": NORM}, "blk.1.attn_q_norm.weight"),
+    "another layer": ("llama", {}, {"blk.2.attn_norm.weight": np.ones(32, dtype=np.float32)}, "blk.2.attn_norm.weight"),
+    "experts": ("llama", {"expert_count": 4, "expert_used_count": 2}, {}, "sets llama.expert_count to 4"),
+    "a scale of logits": ("llama", {"logit_scale": 0.5}, {}, "sets llama.logit_scale to 0.5"),
+    "a scale of embeddings": ("llama", {"embedding_scale": 12.}, {}, "sets llama.embedding_scale to 12.0"),
+    "a scale of residuals": ("llama", {"residual_scale": 0.25}, {}, "sets llama.residual_scale"),
+    "a scale of attention": ("llama", {"attention.scale": 0.25}, {}, "sets llama.attention.scale"),
+    "a soft cap": ("llama", {"final_logit_softcapping": 5.}, {}, "sets llama.final_logit_softcapping"),
+    "a window": ("llama", {"attention.sliding_window": 4}, {}, "sets llama.attention.sliding_window to 4"),
+    "clamped queries": ("llama", {"attention.clamp_kqv": 8.}, {}, "sets llama.attention.clamp_kqv"),
+    "ALiBi": ("qwen2", {"attention.max_alibi_bias": 8.}, {}, "sets qwen2.attention.max_alibi_bias"),
+    "no causal mask": ("qwen2", {"attention.causal": False}, {}, "sets qwen2.attention.causal"),
+    "narrow values": ("llama", {"attention.value_length": 4}, {}, "sets llama.attention.value_length"),
+    "half of the head turned": ("llama", {"rope.dimension_count": 4}, {}, "sets llama.rope.dimension_count to 4 of 8"),
+    "heads by layer": ("llama", {"attention.head_count_kv": [2, 1]}, {}, "sets llama.attention.head_count_kv layer by layer"),
+    "long and short factors": ("phi3", {"rope.scaling.type": "longrope"}, {}, "sets phi3.rope.scaling.type to longrope"),
+    "factors for long texts": ("phi3", {}, {"rope_factors_long.weight": np.ones(2, dtype=np.float32)}, "rope_factors_long.weight"),
+    "a factor of attention": ("phi3", {"rope.scaling.attn_factor": 1.19}, {}, "sets phi3.rope.scaling.attn_factor"),
+    "a knob of YaRN": ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 2., "rope.scaling.yarn_log_multiplier": 0.1}, {},
+                       "sets llama.rope.scaling.yarn_log_multiplier"),
+    "factors of another width": ("llama", {}, {"rope_freqs.weight": np.ones(8, dtype=np.float32)}, "has 8 rope_freqs.weight for 4 pairs"),
+    "another architecture": ("mpt", {}, {}, "of the architecture mpt"),
+    "a pattern of windows": ("gemma3", {"attention.sliding_window_pattern": 2}, {}, "sets gemma3.attention.sliding_window_pattern"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_left_out_is_refused_by_name(name, tmp_path):
+    arch, keys, tensors, message = REFUSED[name]
+    path, model = tmp_path/"m.gguf", model_of("llama" if arch == "mpt" else arch)
+    if arch == "mpt":
+        writer = gguf.GGUFWriter(path, arch)
+        writer.add_tensor("token_embd.weight", np.ones((V, 32), dtype=np.float32))
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    else: write(model, path, arch, keys, tensors=tensors)
+    with pytest.raises(InputError, match=message) as error: load_pair(str(path), str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_value_that_changes_nothing_passes(tmp_path):
+    model = model_of("llama")
+    neutral = {"logit_scale": 1., "attention.clamp_kqv": 0., "expert_count": 0, "attention.causal": True, "attention.sliding_window": 64,
+               "general.name": "a name", "general.quantized_by": "somebody", "tensor_data_layout": "Meta AI original pth"}
+    check(model, write(model, tmp_path/"m.gguf", "llama", neutral))
+
+
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "blk.0.attn_norm.weight", "token_embd.weight"])
+def test_a_missing_tensor_is_refused(name, tmp_path):
+    path = write(model_of("llama"), tmp_path/"m.gguf", "llama", drop=(name,))
+    with pytest.raises(InputError, match="lacks 1 weights|loading it failed"): load_pair(str(path), str(path))
+
+
+def test_a_broken_file_is_one_line(tmp_path):
+    path = write(model_of("llama"), tmp_path/"m.gguf", "llama")
+    for name, data in {"cut": path.read_bytes()[:1000], "empty": b"", "text": b"no GGUF"}.items():
+        (tmp_path/f"{name}.gguf").write_bytes(data)
+        with pytest.raises(InputError, match="loading it failed") as error: load_pair(str(tmp_path/f"{name}.gguf"), "pocket")
+        assert "\n" not in str(error.value)
