@@ -24,9 +24,10 @@ __all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_l
 
 # %% ../nbs/07_adapters.ipynb #5673663a
 KINDS = frozenset((
-    "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA",
-    "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA",
-    "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"))
+    "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
+    "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
+    "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"))
 
 def check_kind(
     config: PeftConfig, # of one adapter
@@ -34,15 +35,20 @@ def check_kind(
     "Raise `InputError` when an adapter of this kind does its work outside the layers of its base."
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     if config.is_prompt_learning:
-        raise InputError(f"the adapter is of type {kind}, which learns a prompt; only adapters inside the layers, "
+        raise InputError(f"the adapter is of type {kind}, which learns a prompt; only adapters "
+                         "inside the layers, "
                          "such as LoRA, can be measured.")
     if kind not in KINDS:
-        raise InputError(f"the adapter is of type {kind}, whose work in PEFT's own forward pass would be left out; "
-                         "merge it into its base first (`merge_and_unload`), or use LoRA or one of its kin.")
-    for field, what in (("alora_invocation_tokens", "an activated LoRA, which waits for its tokens"),
-                        ("arrow_config", "a router of LoRAs")):
+        raise InputError(f"the adapter is of type {kind}, whose work in PEFT's own forward pass "
+                         "would be left out; "
+                         "merge it into its base first (`merge_and_unload`), or use LoRA or one of "
+                         "its kin.")
+    outside = dict(alora_invocation_tokens="an activated LoRA, which waits for its tokens",
+                   arrow_config="a router of LoRAs")
+    for field, what in outside.items():
         if getattr(config, field, None):
-            raise InputError(f"the adapter sets `{field}`: it is {what} in PEFT's own forward pass, "
+            raise InputError(f"the adapter sets `{field}`: it is {what} in PEFT's own forward "
+                             "pass, "
                              "which would be left out; it cannot be measured.")
 
 # %% ../nbs/07_adapters.ipynb #b1fa1fa0
@@ -51,7 +57,8 @@ def probe_ids(
 ) -> Tensor: # (1, 12) at the most
     "Tokens from all over the vocabulary."
     V = model.config.get_text_config().vocab_size
-    return torch.linspace(0, V - 1, min(12, V), device=model.get_input_embeddings().weight.device).long()[None]
+    device = model.get_input_embeddings().weight.device
+    return torch.linspace(0, V - 1, min(12, V), device=device).long()[None]
 
 @torch.no_grad()
 def probe_logits(
@@ -102,10 +109,12 @@ def attach_adapter(
     name: str, # of the adapter in the `PeftModel`
     peft: PeftModel|None = None, # already around the base; None: none
 ) -> Attached: # in evaluation mode, with `name` switched on
-    "Put one more adapter on a base. Raises `InputError` when it is not all there or cannot be measured."
+    "Put one more adapter on a base. Raises `InputError` when it is not all there or cannot be "
+    "measured."
     path, ids = Path(folder).expanduser(), probe_ids(model)
     if path.exists() and not (path/"adapter_config.json").exists():
-        raise InputError(f"`model` has the adapter {folder!r}, which has no adapter_config.json; give a folder that "
+        raise InputError(f"`model` has the adapter {folder!r}, which has no adapter_config.json; "
+                         "give a folder that "
                          "PEFT's save_pretrained wrote.")
     folder = str(path) if path.exists() else folder
     sums = [(o, _checksum(o)) for o in (peft or model).parameters()]
@@ -115,10 +124,12 @@ def attach_adapter(
     dtype = model.get_input_embeddings().weight.dtype
     peft.set_adapter(name, inference_mode=True)
     if not same_logits(after[name], probe_logits(peft, ids), dtype):
-        raise InputError(f"the adapter {folder!r} gives other logits through PEFT's own forward pass than in the "
+        raise InputError(f"the adapter {folder!r} gives other logits through PEFT's own forward "
+                         "pass than in the "
                          "layers of its base; merge it first (`merge_and_unload`).")
     intact = all(_checksum(o) == then for o, then in sums)
-    return Attached(peft, intact and all(same_logits(after[key], before[key], dtype) for key in before))
+    same = all(same_logits(after[key], before[key], dtype) for key in before)
+    return Attached(peft, intact and same)
 
 def _all_logits(model: nn.Module, peft: PeftModel|None, ids: Tensor) -> dict[str|None, Tensor]:
     "Logits of the base (None) and with each adapter, in klrb's way."
@@ -143,32 +154,42 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel|None) -> Pef
         with _quiet():
             if peft is None: peft = PeftModel.from_pretrained(model, folder, adapter_name=name)
             else: peft.load_adapter(folder, adapter_name=name)
-            found = peft.load_adapter(folder, adapter_name=name)  # again, for the names that it found
+            found = peft.load_adapter(folder, adapter_name=name)  # again, for the names it found
     except InputError: raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
-        raise InputError(f"`model` has the adapter {folder!r}, and loading it onto {given!r} failed: "
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
+            SafetensorError) as error:
+        raise InputError(f"`model` has the adapter {folder!r}, and loading it onto {given!r} "
+                         "failed: "
                          f"{one_line(error)}") from error
     if lost := found.unexpected_keys:
-        raise InputError(f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong to no module of "
-                         f"{given!r} (first: {lost[0]}); they would be left out. Was it trained on another model or class?")
+        raise InputError(f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong "
+                         "to no module of "
+                         f"{given!r} (first: {lost[0]}); they would be left out. Was it trained on "
+                         "another model or class?")
     if bare := _without_value(peft, found.missing_keys):
-        raise InputError(f"`model` has the adapter {folder!r}, whose file lacks {len(bare)} of the weights that its "
-                         f"configuration asks for (first: {bare[0]}); they would have no effect. Save it again.")
+        raise InputError(f"`model` has the adapter {folder!r}, whose file lacks {len(bare)} of the "
+                         "weights that its "
+                         f"configuration asks for (first: {bare[0]}); they would have no effect. "
+                         "Save it again.")
     _warn_of_another_base(config, folder, given)
     return peft.eval()
 
 def _check_start(config: PeftConfig, folder: str) -> None:
     start = str(getattr(config, "init_lora_weights", True))
     if "_niter_" in start:
-        raise InputError(f"the adapter {folder!r} sets `init_lora_weights` to {start!r}, whose start PEFT draws anew on "
+        raise InputError(f"the adapter {folder!r} sets `init_lora_weights` to {start!r}, whose "
+                         "start PEFT draws anew on "
                          "each loading: the trained model is not in its files. Save it with "
                          "`path_initial_model_for_weight_conversion`.")
     if start == "lora_ga":
-        warnings.warn(f"the adapter {folder!r} sets `init_lora_weights` to 'lora_ga', whose start was taken out of the "
-                      "base's weights; it is right only on the base that was saved with it.", stacklevel=2)
+        warnings.warn(f"the adapter {folder!r} sets `init_lora_weights` to 'lora_ga', whose start "
+                      "was taken out of the "
+                      "base's weights; it is right only on the base that was saved with it.",
+                      stacklevel=2)
 
 def _without_value(peft: PeftModel, missing: list[str]) -> list[str]:
-    "Those of the missing names that are not second names of a tensor that was found: a bank that layers share."
+    "Those of the missing names that are not second names of a tensor that was found: a bank that "
+    "layers share."
     state = peft.state_dict()
     found = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
     return [name for name in missing if state[name].data_ptr() not in found]
@@ -176,11 +197,12 @@ def _without_value(peft: PeftModel, missing: list[str]) -> list[str]:
 def _warn_of_another_base(config: PeftConfig, folder: str, given: str) -> None:
     trained = config.base_model_name_or_path
     if trained and Path(trained).name != Path(given).name:
-        warnings.warn(f"the adapter {folder!r} was trained on {trained!r} and is put onto {given!r}; if these are not "
+        warnings.warn(f"the adapter {folder!r} was trained on {trained!r} and is put onto "
+                      f"{given!r}; if these are not "
                       "the same weights, the model is not the one that was trained.", stacklevel=2)
 
 # %% ../nbs/07_adapters.ipynb #4e38f2b7
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave the base's weights as they are
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave the base as it is
 
 def check_active(
     peft: PeftModel, # with one adapter or more
@@ -193,22 +215,24 @@ def check_active(
     model, ids = peft.get_base_model(), probe_ids(peft.get_base_model())
     with evaluating(peft): ours, theirs = probe_logits(model, ids), probe_logits(peft, ids)
     if not same_logits(ours, theirs, model.get_input_embeddings().weight.dtype):
-        raise InputError("the adapter gives other logits through PEFT's own forward pass than in the layers of its "
+        raise InputError("the adapter gives other logits through PEFT's own forward pass than in "
+                         "the layers of its "
                          "base; merge it first (`merge_and_unload`).")
 
 def check_adapters(
     peft: PeftModel, # with one adapter or more, before or after training
 ) -> None:
-    """Raise `InputError` unless "adapters off" is the base model, and "on" needs nothing of PEFT's own forward pass.
+    """Raise `InputError` unless adapters off is the base, and on needs nothing of PEFT's `forward`.
 
-    Reads each adapter's configuration, then makes three short passes in evaluation mode. Leaves weights, modes and the
-    active adapter as they were.
+    Reads each adapter's configuration, then makes three short passes in evaluation mode. Leaves
+    weights, modes and the active adapter as they were.
     """
     check_active(peft)
     for config in peft.peft_config.values(): _check_config(config)
     for name, module in peft.named_modules():
         if getattr(module, "merged", False):
-            raise InputError(f"the adapter is merged into its base ({name}); call `unmerge_adapter` first.")
+            raise InputError(f"the adapter is merged into its base ({name}); call "
+                             "`unmerge_adapter` first.")
     with evaluating(peft): _check_off_is_fixed(peft, peft.get_base_model())
 
 @contextmanager
@@ -223,12 +247,14 @@ def evaluating(
         for module in training: module.training = True
 
 def _check_config(config: PeftConfig) -> None:
-    off = "with the adapter off the model is not the base. Give the reference as a model of its own."
+    off = "with the adapter off the model is not the base. Give a reference model of its own."
     if getattr(config, "bias", "none") not in ("none", None):
-        raise InputError(f"the adapter sets `bias` to {config.bias!r}, which trains the base's own biases: {off}")
+        raise InputError(f"the adapter sets `bias` to {config.bias!r}, which trains the base's own "
+                         f"biases: {off}")
     start = getattr(config, "init_lora_weights", True)
     if start not in STARTS:
-        raise InputError(f"the adapter sets `init_lora_weights` to {start!r}, which takes its start out of the "
+        raise InputError(f"the adapter sets `init_lora_weights` to {start!r}, which takes its "
+                         "start out of the "
                          f"base's weights: {off}")
     if getattr(config, "layer_replication", None):
         raise InputError(f"the adapter sets `layer_replication`, which adds layers: {off}")
@@ -242,8 +268,10 @@ def _check_off_is_fixed(peft: PeftModel, model: nn.Module) -> None:
         reached = torch.autograd.grad(total, list(live.values()), allow_unused=True)
     moving = [name for name, o in zip(live, reached) if o is not None]
     if moving:
-        raise InputError(f"{len(moving)} parameters that are trained reach the logits with the adapters off (first: "
-                         f"{moving[0]}): the reference would move with the policy. Freeze them, or give the reference "
+        raise InputError(f"{len(moving)} parameters that are trained reach the logits with the "
+                         "adapters off (first: "
+                         f"{moving[0]}): the reference would move with the policy. Freeze them, or "
+                         "give the reference "
                          "as a model of its own.")
 
 # %% ../nbs/07_adapters.ipynb #665cfcf5
@@ -254,14 +282,17 @@ def split_name(
     if "+" not in name or Path(name).expanduser().exists(): return name, None
     places = [i for i, o in enumerate(name) if o == "+" and 0 < i < len(name) - 1]
     if not places:
-        raise InputError(f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of the plus sign.")
+        raise InputError(f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of "
+                         "the plus sign.")
     base, adapter = max(((name[:i], name[i + 1:]) for i in places), key=_there)
     if "+" in base and not Path(base).expanduser().exists():
-        raise InputError(f"`model` is {name!r}, and there is no folder {base!r}; one adapter can be on a base: merge the "
+        raise InputError(f"`model` is {name!r}, and there is no folder {base!r}; one adapter can "
+                         "be on a base: merge the "
                          "first one and save the model (`merge_and_unload`).")
     return base, adapter
 
 def _there(parts: tuple[str, str]) -> tuple[bool, bool, bool, int]:
     "How much of a split is on disk; of two equal ones, that with the longer base."
     base, adapter = (Path(o).expanduser() for o in parts)
-    return base.exists() and adapter.exists(), (adapter/"adapter_config.json").exists(), adapter.exists(), len(parts[0])
+    is_adapter = (adapter/"adapter_config.json").exists()
+    return base.exists() and adapter.exists(), is_adapter, adapter.exists(), len(parts[0])

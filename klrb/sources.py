@@ -54,11 +54,14 @@ class Side:
     def fingerprint(self) -> str: # 16 hexadecimal digits
         "Hash of the weights, from a sample of every tensor."
         digest = hashlib.sha256()
+        switched_off = set() if self.peft is None else set(self.peft.peft_config) - {self.adapter}
         for name, tensor in self.model.state_dict().items():
             parts = name.split(".")
-            if (set(self.peft.peft_config if self.peft else ()) - {self.adapter}).intersection(parts): continue  # off
+            if switched_off.intersection(parts):
+                continue  # off
             flat = tensor.detach().flatten()
-            name = ".".join(o for o in parts if o not in (self.adapter, "base_layer", "original_module"))
+            wrappers = (self.adapter, "base_layer", "original_module")
+            name = ".".join(o for o in parts if o not in wrappers)
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(flat[::max(1, len(flat)//4096)].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -110,10 +113,12 @@ def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
         if is_gguf: return tokenizer, *model
         return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
     except InputError: raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
-            StrictDataclassError) as error:
-        raise InputError(f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a folder with config.json, "
-                         "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a network or a filled cache).") from error
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
+            SafetensorError, StrictDataclassError) as error:
+        raise InputError(f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a "
+                         "folder with config.json, "
+                         "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a "
+                         "network or a filled cache).") from error
 
 def load_named(
     name: str, # "pocket", "tiny-random", a local folder, a GGUF file or a Hub id
@@ -121,16 +126,20 @@ def load_named(
     device: str = "auto", # see `pick_device`
     trust_remote_code: bool = False, # run code that comes with the checkpoint
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, and its tokenizer
-    "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights are missing."
-    if dtype not in DTYPES: raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights "
+    "are missing."
+    if dtype not in DTYPES:
+        raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
     place = pick_device(device)
     if name in ("pocket", "tiny-random"):
         return load_model(name).to(place, getattr(torch, dtype)), load_tokenizer(name)
     _check_exists(name)
     tokenizer, model, info = _from_pretrained(name, getattr(torch, dtype), dict(trust_remote_code=trust_remote_code))
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise InputError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of the model or has them in another "
-                         f"shape (first: {missing[0]}); they would be random. Is it a complete causal language model?")
+        raise InputError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of "
+                         "the model or has them in another "
+                         f"shape (first: {missing[0]}); they would be random. Is it a complete "
+                         "causal language model?")
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(f"`model` is {name!r}, which is an adapter: write BASE+ADAPTER.")
     return model.to(place).eval(), tokenizer
@@ -144,7 +153,8 @@ def load_pair(
     device: str = "auto", # see `pick_device`
     trust_remote_code: bool = False, # run code that comes with a checkpoint
 ) -> tuple[Side, Side]: # policy and reference
-    "Load both sides, sharing weights where they can be shared. Raises `ValueError` when they cannot be compared."
+    "Load both sides, sharing weights where they can be shared. Raises `ValueError` when they "
+    "cannot be compared."
     given = (policy, reference)
     names = [split_name(str(o))[0] for o in given if isinstance(o, (str, Path))]
     settings = tokenizer, (dtype, device, trust_remote_code)
@@ -155,14 +165,18 @@ def load_pair(
     return ours, theirs
 
 # %% ../nbs/07_sources.ipynb #d9ddceac
-def _load_sides(given: tuple, bases: dict[str, Side]|None, tokenizer, settings: tuple) -> list[Side]|None:
+def _load_sides(
+    given: tuple, bases: dict[str, Side]|None, tokenizer, settings: tuple,
+) -> list[Side]|None:
     "Both sides; None when `bases` was to hold what they share, and they cannot share."
     sides = []
     for role, o in zip(("policy", "reference"), given):
         if isinstance(o, (str, Path)): sides.append(_named_side(str(o), role, bases, settings))
-        elif hasattr(o, "generate") and hasattr(o, "config"): sides.append(_loaded_side(o, tokenizer, role))
+        elif hasattr(o, "generate") and hasattr(o, "config"):
+            sides.append(_loaded_side(o, tokenizer, role))
         else:
-            raise InputTypeError(f"`{role}` is a {type(o).__name__}; it must be a name, a path, a PreTrainedModel or a "
+            raise InputTypeError(f"`{role}` is a {type(o).__name__}; it must be a name, a path, a "
+                                 "PreTrainedModel or a "
                                  "PeftModel.")
         if sides[-1] is None: return None
     return sides
@@ -190,24 +204,31 @@ def _loaded_side(given, tokenizer, role: str) -> Side:
     if is_peft: check_active(given)
     if tokenizer is None:
         try: tokenizer = load_tokenizer(model.config.name_or_path)
-        except ValueError as error: raise InputError(f"`{role}` is a loaded model, and its tokenizer was not found: pass `tokenizer`.") from error
-    return Side(name, model.eval(), tokenizer, given if is_peft else None, given.active_adapter if is_peft else None)
+        except ValueError as error:
+            raise InputError(f"`{role}` is a loaded model, and its tokenizer was not found: pass "
+                             "`tokenizer`.") from error
+    if not is_peft: return Side(name, model.eval(), tokenizer)
+    return Side(name, model.eval(), tokenizer, given, given.active_adapter)
 
 def _join(ours: Side, theirs: Side) -> None:
     "Let both sides know of the `PeftModel` that one of them was given as."
     if ours.model is not theirs.model: return _check_apart(ours.model, theirs.model)
     if ours.peft is theirs.peft: return
     if ours.peft is not None and theirs.peft is not None:
-        raise InputError("`policy` and `reference` are two PeftModels around one base, whose layers now hold the adapters "
+        raise InputError("`policy` and `reference` are two PeftModels around one base, whose "
+                         "layers now hold the adapters "
                          "of both; load a base for each, or put both adapters into one PeftModel.")
     ours.peft = theirs.peft = ours.peft if theirs.peft is None else theirs.peft
     check_adapters(ours.peft)
 
 def _check_apart(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
-    adapted = any(hasattr(o, "disable_adapters") for model in (ours, theirs) for o in model.modules() if o is not model)
-    if adapted and not {id(o) for o in ours.parameters()}.isdisjoint(id(o) for o in theirs.parameters()):
-        raise InputError("`policy` and `reference` share weights that an adapter is written into, so that both would run "
-                         "with it; give the PeftModel and its `get_base_model()`, or load the reference by name.")
+    parts = [o for model in (ours, theirs) for o in model.modules() if o is not model]
+    shared = {id(o) for o in ours.parameters()}.intersection(id(o) for o in theirs.parameters())
+    if shared and any(hasattr(o, "disable_adapters") for o in parts):
+        raise InputError("`policy` and `reference` share weights that an adapter is written into, "
+                         "so that both would run "
+                         "with it; give the PeftModel and its `get_base_model()`, or load the "
+                         "reference by name.")
 
 # %% ../nbs/07_sources.ipynb #50eac5cc
 def describe(
