@@ -25,6 +25,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 
 from .errors import InputError, MachineError
 from .fused import LMHead
+from .gguf_files import load_gguf
 from .profiles import packaged_file, split_revision
 
 # %% auto #0
@@ -73,7 +74,7 @@ def cached_model(
 def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
-        found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False)
+        found, _ = load_gguf(gguf, trust_remote_code=False)
     config = found.config
     if hasattr(config, "quantization_config"): del config.quantization_config  # it has been undone
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
