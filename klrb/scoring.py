@@ -72,8 +72,8 @@ def check_ids(
     rows: list[list[int]], # token ids, of prompts or documents
     what: str = "prompt", # one row, for the message
 ) -> None:
-    "Raise `ValueError` unless the side's model has an embedding for every id."
-    known = side.model.get_input_embeddings().num_embeddings
+    "Raise `ValueError` unless the side's model reads and gives every id."
+    known = min(len(side.model.get_input_embeddings().weight), side.model.config.get_text_config().vocab_size)
     for number, row in enumerate(rows, 1):
         if not row or (0 <= min(row) and max(row) < known): continue
         wrong = next(o for o in row if not 0 <= o < known)

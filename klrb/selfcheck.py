@@ -15,13 +15,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import InputError
 from .models import (bare_logits, causal_lm, completion_logits, context_length,
                          sample_completions)
 
 # %% auto #0
-__all__ = ['ScoringCheck', 'rotary_switch', 'check_lengths', 'check_scoring', 'known_scoring']
+__all__ = ['ENCODER_DECODERS', 'ScoringCheck', 'rotary_switch', 'check_lengths', 'check_scoring', 'known_scoring']
 
 # %% ../nbs/12_selfcheck.ipynb #4d74d6f8
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def check_lengths(
     "Raise `ValueError` when a rollout could cross the length at which the rotary factors change."
     if check.switch is None: return
     for number, row in enumerate(rows, 1):
-        if len(row) <= check.switch < len(row) + max_new_tokens - 1:  # the last token is not read
+        if len(row) <= check.switch < len(row) + max_new_tokens:
             raise InputError(f"prompt {number} has {len(row)} tokens and `max_new_tokens` is {max_new_tokens}, which crosses "
                              f"{check.switch} positions, where the rotary factors of the {role} change (longrope): the steps "
                              "before would be scored by another model than was sampled. Give at most "
-                             f"{check.switch + 1 - len(row)} new tokens, or longer prompts.")
+                             f"{check.switch - len(row)} new tokens, or longer prompts.")
 
 # %% ../nbs/12_selfcheck.ipynb #7b15fe3b
 class _Probe(NamedTuple):
@@ -97,6 +98,10 @@ def _make_probe(model: PreTrainedModel, lengths: list[int], steps: int) -> _Prob
     gen = torch.Generator().manual_seed(0)
     picked = torch.randint(len(usable), (len(lengths), max(lengths) + steps), generator=gen)
     rows = [[usable[o] for o in row] for row in picked.tolist()]
+    if len(set(lengths)) > 1:
+        last = lengths[1] + steps - 2  # of what is read of the second row
+        rows[1][:last] = rows[0][:last]
+        if rows[1][last] == rows[0][last]: rows[1][last] = next(o for o in [*usable, 0, 1] if o != rows[0][last])
     pads = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None), 0)
     pad = next(o for o in pads if isinstance(o, int) and o >= 0)
     return _Probe([row[:n] for row, n in zip(rows, lengths)],
@@ -155,13 +160,18 @@ def _klrb_logits(model, probe: _Probe, bare: bool) -> tuple[list[Tensor], list[T
                        LogitsProcessorList([forced]), bare=bare)
     return [row[:n] for row, n in zip(scored, lengths)], list(torch.stack(forced.seen, 1))
 
-# %% ../nbs/12_selfcheck.ipynb #4bedfa40
+# %% ../nbs/12_selfcheck.ipynb #1179d3c9
+_WHOLE = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), "WhisperForConditionalGeneration",
+          "ProphetNetForConditionalGeneration"}
+ENCODER_DECODERS = _WHOLE | {o.replace("ForConditionalGeneration", "Model") for o in _WHOLE}  # classes of checkpoints
+
 def _model_name(model: PreTrainedModel) -> str:
     return f"{model.config.name_or_path or 'given'!r} ({type(causal_lm(model)).__name__})"
 
-def _check_causal(model: PreTrainedModel, row: list[int], wanted: Tensor, other: int) -> None:
-    changed = bare_logits(model, torch.tensor([row[:-1] + [other]], device=model.device))[0]
-    if _worst([changed[:-1]], [wanted[:-1]], model.dtype) > _tolerance(model.dtype):
+def _check_causal(model: PreTrainedModel, rows: list[list[int]], wanted: list[Tensor]) -> None:
+    "The second row is a beginning of the first one, but for its last token."
+    n = len(rows[1]) - 1
+    if _worst([wanted[1][:n]], [wanted[0][:n]], model.dtype) > _tolerance(model.dtype):
         raise InputError(f"`model` is {_model_name(model)}, which is not a causal language model: what it gives at one "
                          "position changes with a later token, so that its numbers are no probabilities of a text. "
                          "Give a causal language model (a decoder).")
@@ -177,9 +187,11 @@ def _try_way(model: PreTrainedModel, probe: _Probe, wanted: list[Tensor], bare: 
                _worst(sampled, own, model.dtype))
 
 def _run_check(model: PreTrainedModel) -> ScoringCheck:
-    if model.config.is_encoder_decoder:
+    made_as = set(model.config.architectures or []) - {type(causal_lm(model)).__name__}
+    if model.config.is_encoder_decoder or made_as & ENCODER_DECODERS:
         raise InputError(f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal language model: "
-                         "klrb has no input for its encoder. Give a decoder alone.")
+                         "its decoder alone, without the text that the encoder reads, is not what was trained. "
+                         "Give a causal language model (a decoder).")
     switch, tolerance = rotary_switch(model.config), _tolerance(model.dtype)
     longest = min(o for o in (12, context_length(model.config), switch) if o)
     steps = min(3, max(1, longest - 1))
@@ -191,10 +203,7 @@ def _run_check(model: PreTrainedModel) -> ScoringCheck:
     except Exception as error:
         raise InputError(f"`model` is {_model_name(model)}, which cannot be run on token ids alone: "
                          f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}") from error
-    row = probe.rows()[0]
-    if len(row) > 1:
-        other = next((o for o in (*probe.prompts[1], *probe.completions[1], 0, 1) if o != row[-1]), row[-1])
-        _check_causal(model, row, wanted[0], other)
+    _check_causal(model, probe.rows(), wanted)
     deviation = _try_way(model, probe, wanted, bare=False)
     if deviation <= tolerance: return ScoringCheck(False, switch, deviation=deviation)
     probe = _make_probe(model, [top, top], steps)
@@ -203,8 +212,8 @@ def _run_check(model: PreTrainedModel) -> ScoringCheck:
         deviation = _try_way(model, probe, wanted, bare)
         if deviation <= tolerance: return ScoringCheck(True, switch, bare, deviation)
     raise InputError(f"`model` is {_model_name(model)}, whose logits for a sequence change by {deviation:.2g} of their spread "
-                     "when another sequence stands beside it, even of the same length: no way of running it in batches "
-                     "gives its own probabilities, and it cannot be measured.")
+                     f"(allowed: {tolerance:.1g}) when others stand beside it or when it is read token by token: no way of "
+                     "running it gives its own probabilities for certain, and it cannot be measured.")
 
 # %% ../nbs/12_selfcheck.ipynb #0a897cf4
 _FOUND: dict[str, ScoringCheck] = {}

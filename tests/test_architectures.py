@@ -45,19 +45,19 @@ def in_float64(model, ids):
     return wide
 
 
-def disagreement(policy, reference):
+def disagreement(policy, reference, given=None):
     """Largest difference between klrb's KL of a rollout and the oracle's, and how far the samples are from the policy.
 
     The second is the sum over all sampled tokens of log p + entropy in standard errors: of mean zero when, and in
     practice only when, tokens come from the distribution that is scored.
     """
-    kept = []
+    given, kept = given or prompts(), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(klrb.measure, "_after_batch", lambda run, stream, rows: kept.extend(stream.last_tokens))
-        found = measure_kl(policy, reference, prompts(), tokenizer=tokenizer(), samples=SAMPLES, max_new_tokens=STEPS)
+        found = measure_kl(policy, reference, given, tokenizer=tokenizer(), samples=SAMPLES, max_new_tokens=STEPS)
     rollouts = found.headline.rollouts.assign(token_ids=[ids for ids, _ in kept])
-    encoded = [tokenizer()(o).input_ids for o in prompts()]
-    p, q = (in_float64(o, encoded[1]) for o in (policy, reference))
+    encoded = [tokenizer()(o).input_ids for o in given]
+    p, q = (in_float64(o, encoded[0]) for o in (policy, reference))
     worst, surprise, variance = 0., 0., 0.
     for row in rollouts.itertuples():
         completion = list(row.token_ids)

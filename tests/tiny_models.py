@@ -37,7 +37,7 @@ def shrunk(config) -> dict:
     for name, value in config.to_dict().items():
         if name in ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype"): continue
         if name in ("layer_types", "mlp_layer_types", "layers_block_type", "block_types"): continue  # made from the number of layers
-        sub = getattr(config, name, None)
+        sub = vars(config).get(name)  # some fields may not be asked for, they differ by layer
         if hasattr(sub, "to_dict"): fields[name] = shrunk(sub)
         elif isinstance(value, bool): fields[name] = value
         elif isinstance(value, int):
@@ -67,6 +67,9 @@ OVERRIDES = {  # what the rules do not get right
     "deepseek_v2": LATENT | dict(num_experts_per_tok=2),
     "doge": dict(keep_window_size=64),
     "falcon_h1": MAMBA | dict(mamba_d_ssm=64),
+    "gemma3n_text": dict(num_kv_shared_layers=0, num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"]*2, laurel_rank=4,
+                         activation_sparsity_pattern=None, altup_num_inputs=2),
+    **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"])),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": MAMBA | dict(layer_types=["mamba", "attention", "mamba", "attention"], num_key_value_heads=2, shared_intermediate_size=48),
     "hunyuan_v1_dense": dict(head_dim=8),
