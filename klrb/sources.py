@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from . import __version__
 from .errors import InputError, InputTypeError
-from .models import check_same_tokenizer, load_model, load_tokenizer
+from .models import check_same_tokenizer, context_length, load_model, load_tokenizer
+from .selfcheck import check_scoring
 
 # %% auto #0
 __all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe', 'read_prompts', 'encode_prompts']
@@ -66,7 +67,7 @@ class Side:
     @property
     def context(self) -> int|None: # positions; None: no limit is known
         "How many tokens the model can read."
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_length(self.model.config)
 
 # %% ../nbs/07_sources.ipynb #15416958
 DTYPES = ("float32", "bfloat16", "float16")
@@ -144,6 +145,8 @@ def load_pair(
     if ours.peft is not None and theirs.peft is None and theirs.model is ours.model: theirs.peft = ours.peft
     if theirs.peft is not None and ours.peft is None and theirs.model is ours.model: ours.peft = theirs.peft
     if ours.tokenizer is not theirs.tokenizer: check_same_tokenizer(ours.tokenizer, theirs.tokenizer)
+    for side in sides:
+        with side.active() as model: check_scoring(model)
     return ours, theirs
 
 # %% ../nbs/07_sources.ipynb #d9ddceac

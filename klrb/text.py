@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
 from .report import Saver, finish_saving, heatmap_html, plain
-from .scoring import check_integer, common_width, memory_errors, resolve_divergence, score_completions
+from .scoring import check_ids, check_integer, common_width, memory_errors, resolve_divergence, score_completions
 from .sequential import cluster_interval
 from .sources import Side, describe, load_pair, read_prompts
 
@@ -192,6 +192,7 @@ def measure_text(
 def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, hide_bar: bool) -> TextMeasurement:
     began, seconds, status, rows = monotonic(), dict(forward=0., estimation=0.), "complete", []
     windows = _windows(documents, sides[0].tokenizer, s["window"])
+    for side in sides: check_ids(side, [start + ids for *_, start, ids in windows], "window")
     if not windows: raise InputError("`text` has no tokens to score; give a longer text.")
     about = dict(settings=s, **describe(sides))
     saver = None if save is None else Saver(save, about, "tokens")
