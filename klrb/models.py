@@ -26,6 +26,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 
 from .errors import InputError, MachineError
 from .fused import LMHead
+from .gguf_files import load_gguf
 from .profiles import packaged_file, split_revision
 
 # %% auto #0
@@ -74,7 +75,7 @@ def cached_model(
 def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
-        found = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False)
+        found, _ = load_gguf(gguf, trust_remote_code=False)
     config = found.config
     if hasattr(config, "quantization_config"): del config.quantization_config  # it has been undone
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -325,11 +326,11 @@ def check_lm_head(
     model: PreTrainedModel, # policy or reference
 ) -> None:
     "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
-    base, head, seen = causal_lm(model), lm_head(model), []
-    handle = base.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
-    try: logits = base(input_ids=torch.arange(4, device=head.weight.device)[None], use_cache=False).logits  # (1, 4, V)
-    finally: handle.remove()
-    if (hidden := getattr(seen[0], "last_hidden_state", None)) is not None and hidden.shape[-1] == head.weight.shape[1]:
+    base, head = causal_lm(model), lm_head(model)
+    ids = torch.arange(4, device=head.weight.device)[None]
+    logits = base(input_ids=ids, use_cache=False).logits  # (1, 4, V)
+    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
         ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
         if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
         if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside

@@ -39,12 +39,14 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl import RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
 
+from .adapters import check_active, check_adapters, evaluating
 from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
-from .models import (Rollouts, causal_lm, check_context, check_lm_head, completion_hidden, lm_head,
-                         sample_completions, step_inputs)
+from .models import (Rollouts, accepted_inputs, causal_lm, check_context, check_lm_head, completion_hidden,
+                         lm_head, sample_completions, step_inputs)
 from .profiles import Profile, check_device
+from .selfcheck import check_scoring
 
 # %% auto #0
 __all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer', 'rloo_config', 'MetricsCSV', 'evaluate_policy', 'summarize_evaluation',
@@ -203,18 +205,6 @@ def _own_distribution(model: PreTrainedModel, settings: GenerationConfig):
         for holder, kept in zip(holders, its_own):
             holder.generation_config = kept
 
-@contextmanager
-def _in_evaluation(*models: PreTrainedModel):
-    "Meanwhile the models are in evaluation mode."
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
 def _without_noise(model: PreTrainedModel, checkpointed: bool = False) -> None: # True: as if all layers recomputed
     "Evaluation mode for all inside `model`, but for layers that recompute their activations."
     for module in model.modules():
@@ -233,7 +223,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool: # up to rounding in bfloat16; n
 
 def _check_noise(model: PreTrainedModel, checkpointed: bool) -> None:
     gpus = [model.device] if model.device.type == "cuda" else []
-    with _in_evaluation(model), torch.random.fork_rng(devices=gpus), torch.no_grad():
+    with evaluating(model), torch.random.fork_rng(devices=gpus), torch.no_grad():
         expected = _probe(model)
         model.train()
         _without_noise(model, checkpointed)
@@ -301,23 +291,32 @@ def _check_data(train_dataset, processing_class, options):
         raise InputTypeError(f"RBRLOOTrainer does not know `{unknown[0]}`, and whether completions would still be "
                              f"sampled from the policy; it passes on {', '.join(known)}.")
 
+def _check_scoring(model, ref_model) -> int | None: # a length at which the rotary factors of a model change
+    switches = []
+    for name, given in dict(model=model, ref_model=ref_model).items():
+        if given is None:
+            continue
+        check = check_scoring(given)
+        if check.equal_lengths or check.bare:
+            raise InputError(f"`{name}` ({type(causal_lm(given)).__name__}) is right only in batches of one length, and "
+                             "RBRLOOTrainer pads its batches; take another model.")
+        switches.append(check.switch)
+    return min((o for o in switches if o is not None), default=None)
+
+def _check_switch(switch, tokenize, max_completion_length):
+    if switch is None:
+        return
+    lengths = [len(ids) for ids in tokenize()]
+    if min(lengths) <= switch < max(lengths) + max_completion_length:
+        raise InputError(f"the rotary factors of a model change at {switch} tokens, and prompts have {min(lengths)} to "
+                         f"{max(lengths)} before a completion of up to {max_completion_length}: a batch would be "
+                         "scored by other factors than it was sampled with. Stay on one side.")
+
 def _check_apart(model, ref_model):
     trained = {o.data_ptr() for o in model.parameters() if o.requires_grad and o.numel()}
     if any(o.data_ptr() in trained for o in ref_model.parameters()):
         raise InputError("`ref_model` shares weights with `model` that are trained, so the reference would move with "
                          "the policy; give a copy (`copy.deepcopy`, or load it once more).")
-
-def _check_adapters_off(model, before: Tensor | None): # hidden states before the adapters were put in, if known
-    with _in_evaluation(model), torch.enable_grad(), model.disable_adapter():
-        if before is not None and not _same(_probe(model), before):
-            raise InputError("the adapters changed the weights of `model` when they were put in (`init_lora_weights`"
-                             "?), so that switching them off does not give the reference back; give `ref_model`.")
-        hidden = _probe(model).sum() + lm_head(model).weight.float().sum()
-        left = {name: o for name, o in model.named_parameters() if o.requires_grad}
-        found = torch.autograd.grad(hidden, list(left.values()), allow_unused=True) if hidden.requires_grad else []
-    if moving := [name for (name, _), o in zip(left.items(), found) if o is not None]:
-        raise InputError(f"`ref_model` is None, but `{moving[0]}` is trained and stays when the adapters are switched "
-                         "off (bias='all'?), so the reference would move with the policy; give `ref_model`.")
 
 # %% ../nbs/15_rloo.ipynb #eb1b8010
 def _add_hidden_forward(model: PreTrainedModel) -> None:
@@ -327,7 +326,9 @@ def _add_hidden_forward(model: PreTrainedModel) -> None:
     def with_hidden_exit(self, *args, from_hidden=None, labels=None, **kwargs):
         if from_hidden is None:
             return forward(*args, labels=labels, **kwargs)
-        return from_hidden(self, self.base_model(*args, use_cache=False, **kwargs))
+        routers = {name: kwargs.pop(name) for name in ("output_router_logits",) if name in kwargs}
+        inputs = accepted_inputs(self.base_model, kwargs | dict(use_cache=False))
+        return from_hidden(self, self.base_model(*args, **inputs, **routers))
 
     model.forward = types.MethodType(with_hidden_exit, model)
 
@@ -375,13 +376,9 @@ class RBRLOOTrainer(RLOOTrainer):
         processing_class: PreTrainedTokenizerBase, # tokenizer of both models
         **kwargs, # passed on to `trl.RLOOTrainer`, for instance `peft_config`
     ):
-        peft_config = kwargs.get("peft_config")
-        _check_models(model, ref_model, peft_config, args)
+        _check_models(model, ref_model, kwargs.get("peft_config"), args)
         _check_data(train_dataset, processing_class, kwargs)
-        before = None
-        if ref_model is None and peft_config is not None:
-            with _in_evaluation(model), torch.no_grad():
-                before = _probe(model)
+        switch = _check_scoring(model, ref_model)
         base_args = copy.copy(args)
         base_args.beta = 0.0  # TRL's reward then carries no KL, and TRL reloads no reference
         base_args.sync_ref_model = False  # of a reference that TRL does not know
@@ -393,23 +390,25 @@ class RBRLOOTrainer(RLOOTrainer):
         self.kl_estimator = args.kl_estimator
         self.exact_loss = args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
         self.off_policy = args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
-        self._take_models(ref_model, before)
+        self._take_models(ref_model, switch)
         self.add_callback(_ResumeOrder(self))
         if args.mask_truncated_completions and args.beta > 0:
             warnings.warn("`mask_truncated_completions` leaves the KL of completions that were cut out of the penalty, "
                           "whose gradient is then biased; raise `max_completion_length` until few are cut.")
 
-    def _take_models(self, ref_model, before):
-        if ref_model is None:
-            _check_adapters_off(self.model, before)
-        else:
+    def _take_models(self, ref_model, switch):
+        _check_switch(switch, lambda: self._tokenize_prompts(self.train_dataset["prompt"])[0], self.max_completion_length)
+        if is_peft_model(self.model):
+            (check_adapters if ref_model is None else check_active)(self.model)
+        if ref_model is not None:
             _check_apart(self.model, ref_model)
             self.ref_model = self.accelerator.prepare_model(ref_model.requires_grad_(False).eval(), evaluation_mode=True)
             if self.args.sync_ref_model:
                 self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
         for model in (self.model, ref_model):
             if model is not None:
-                check_lm_head(model)
+                with evaluating(model):
+                    check_lm_head(model)
         _check_noise(self.model, bool(self.args.gradient_checkpointing or self.args.activation_checkpointing))
         _add_hidden_forward(causal_lm(self.model))
 
@@ -704,7 +703,7 @@ def evaluate_policy(
     per_batch, frames = max(1, batch_size // profile.eval_completions), []
     gpus = [policy.device] if policy.device.type == "cuda" else []
     eager = torch.compiler.set_stance("force_eager")  # few batches do not repay a compilation
-    with _in_evaluation(policy, reference), torch.random.fork_rng(devices=gpus), eager:
+    with evaluating(policy), evaluating(reference), torch.random.fork_rng(devices=gpus), eager:
         torch.manual_seed(seed)
         for start in range(0, len(prompts), per_batch):
             part = prompts[start:start + per_batch]

@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .adapters import attach_adapter, check_active, check_adapters, one_line, split_name
 from .errors import InputError, InputTypeError
+from .gguf_files import load_gguf
 from .models import check_same_tokenizer, context_length, load_model, load_tokenizer
 from .selfcheck import check_scoring
 
@@ -53,9 +55,11 @@ class Side:
         "Hash of the weights, from a sample of every tensor."
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
-            if ".lora_" in name and (self.adapter is None or f".{self.adapter}." not in name): continue  # the other side's
+            parts = name.split(".")
+            if (set(self.peft.peft_config if self.peft else ()) - {self.adapter}).intersection(parts): continue  # off
             flat = tensor.detach().flatten()
-            digest.update(f"{name.replace('.base_layer', '')} {tuple(tensor.shape)}".encode())
+            name = ".".join(o for o in parts if o not in (self.adapter, "base_layer", "original_module"))
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(flat[::max(1, len(flat)//4096)].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -82,7 +86,7 @@ def pick_device(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"`device` is {device!r}, which is not available ({_first_line(error)}); use auto, cpu, cuda or mps.") from None
 
-def _first_line(error: Exception) -> str: return (str(error).strip().splitlines() or [type(error).__name__])[0]
+_first_line = one_line
 
 def _check_exists(name: str) -> None:
     path = Path(name).expanduser()
@@ -97,13 +101,17 @@ def _check_exists(name: str) -> None:
 # %% ../nbs/07_sources.ipynb #7549b200
 def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
     path, safe = Path(name).expanduser(), {}
-    if path.suffix == ".gguf": where, settings["gguf_file"] = str(path.parent), path.name
+    is_gguf = path.suffix == ".gguf"
+    if is_gguf: where, settings["gguf_file"] = str(path.parent), path.name
     else: where, safe = str(path) if path.is_dir() else name, dict(use_safetensors=True)
     try:
+        if is_gguf: model = load_gguf(path, dtype, **settings)
         tokenizer = AutoTokenizer.from_pretrained(where, **settings)
+        if is_gguf: return tokenizer, *model
         return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
+    except InputError: raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError) as error:
-        raise InputError(f"`model` is {name!r}, and loading it failed: {_first_line(error)} Give a folder with config.json, "
+        raise InputError(f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a folder with config.json, "
                          "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a network or a filled cache).") from error
 
 def load_named(
@@ -122,6 +130,8 @@ def load_named(
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
         raise InputError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of the model or has them in another "
                          f"shape (first: {missing[0]}); they would be random. Is it a complete causal language model?")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"`model` is {name!r}, which is an adapter: write BASE+ADAPTER.")
     return model.to(place).eval(), tokenizer
 
 # %% ../nbs/07_sources.ipynb #0049b9fc
@@ -134,45 +144,71 @@ def load_pair(
     trust_remote_code: bool = False, # run code that comes with a checkpoint
 ) -> tuple[Side, Side]: # policy and reference
     "Load both sides, sharing weights where they can be shared. Raises `ValueError` when they cannot be compared."
-    loaded: dict[str, Side] = {}
-    sides = []
-    for role, given in (("policy", policy), ("reference", reference)):
-        if isinstance(given, (str, Path)): side = _named_side(str(given), role, loaded, (dtype, device, trust_remote_code))
-        elif hasattr(given, "generate") and hasattr(given, "config"): side = _loaded_side(given, tokenizer, role)
-        else: raise InputTypeError(f"`{role}` is a {type(given).__name__}; it must be a name, a path, a PreTrainedModel or a PeftModel.")
-        sides.append(side)
-    ours, theirs = sides
-    if ours.peft is not None and theirs.peft is None and theirs.model is ours.model: theirs.peft = ours.peft
-    if theirs.peft is not None and ours.peft is None and theirs.model is ours.model: ours.peft = theirs.peft
+    given = (policy, reference)
+    names = [split_name(str(o))[0] for o in given if isinstance(o, (str, Path))]
+    settings = tokenizer, (dtype, device, trust_remote_code)
+    sides = _load_sides(given, {}, *settings) if len(names) - len(set(names)) else None
+    ours, theirs = sides or _load_sides(given, None, *settings)
+    _join(ours, theirs)
     if ours.tokenizer is not theirs.tokenizer: check_same_tokenizer(ours.tokenizer, theirs.tokenizer)
-    for side in sides:
+    for side in (ours, theirs):
         with side.active() as model: check_scoring(model)
     return ours, theirs
 
 # %% ../nbs/07_sources.ipynb #d9ddceac
-def _split_name(name: str) -> tuple[str, str|None]:
-    if "+" not in name or Path(name).expanduser().exists(): return name, None
-    base, _, adapter = name.rpartition("+")
-    if not base or not adapter: raise InputError(f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of the plus sign.")
-    return base, adapter
+def _load_sides(given: tuple, bases: dict[str, Side]|None, tokenizer, settings: tuple) -> list[Side]|None:
+    "Both sides; None when `bases` was to hold what they share, and they cannot share."
+    sides = []
+    for role, o in zip(("policy", "reference"), given):
+        if isinstance(o, (str, Path)): sides.append(_named_side(str(o), role, bases, settings))
+        elif hasattr(o, "generate") and hasattr(o, "config"): sides.append(_loaded_side(o, tokenizer, role))
+        else:
+            raise InputTypeError(f"`{role}` is a {type(o).__name__}; it must be a name, a path, a PreTrainedModel or a "
+                                 "PeftModel.")
+        if sides[-1] is None: return None
+    return sides
 
-def _named_side(name, role, loaded, settings):
-    base, adapter = _split_name(name)
-    if base not in loaded: loaded[base] = Side(base, *load_named(base, *settings))
-    first = loaded[base]
-    if adapter is None: return first if first.name == name and first.peft is None else Side(name, first.model, first.tokenizer, first.peft)
-    first.peft = _add_adapter(first, adapter, role)
+def _named_side(name: str, role: str, bases: dict[str, Side]|None, settings: tuple) -> Side|None:
+    base, adapter = split_name(name)
+    first = None if bases is None else bases.get(base)
+    if first is None: first = Side(base, *load_named(base, *settings))
+    if bases is not None: bases[base] = first
+    if adapter is None:
+        plain = first.name == name and first.peft is None
+        return first if plain else Side(name, first.model, first.tokenizer, first.peft)
+    try: first.peft, intact = attach_adapter(first.model, adapter, role, first.peft)
+    except InputError:
+        if first.peft is None: raise
+        return None  # two adapters that do not go together
+    if bases is not None and not intact: return None
     return Side(name, first.model, first.tokenizer, first.peft, role)
 
-def _loaded_side(given, tokenizer, role):
+# %% ../nbs/07_sources.ipynb #6c1f0b7e
+def _loaded_side(given, tokenizer, role: str) -> Side:
     is_peft = hasattr(given, "get_base_model")
     model = given.get_base_model() if is_peft else given
     name = model.config.name_or_path or type(model).__name__
+    if is_peft: check_active(given)
     if tokenizer is None:
         try: tokenizer = load_tokenizer(model.config.name_or_path)
         except ValueError as error: raise InputError(f"`{role}` is a loaded model, and its tokenizer was not found: pass `tokenizer`.") from error
-    if is_peft: _check_peft(given)
     return Side(name, model.eval(), tokenizer, given if is_peft else None, given.active_adapter if is_peft else None)
+
+def _join(ours: Side, theirs: Side) -> None:
+    "Let both sides know of the `PeftModel` that one of them was given as."
+    if ours.model is not theirs.model: return _check_apart(ours.model, theirs.model)
+    if ours.peft is theirs.peft: return
+    if ours.peft is not None and theirs.peft is not None:
+        raise InputError("`policy` and `reference` are two PeftModels around one base, whose layers now hold the adapters "
+                         "of both; load a base for each, or put both adapters into one PeftModel.")
+    ours.peft = theirs.peft = ours.peft if theirs.peft is None else theirs.peft
+    check_adapters(ours.peft)
+
+def _check_apart(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
+    adapted = any(hasattr(o, "disable_adapters") for model in (ours, theirs) for o in model.modules() if o is not model)
+    if adapted and not {id(o) for o in ours.parameters()}.isdisjoint(id(o) for o in theirs.parameters()):
+        raise InputError("`policy` and `reference` share weights that an adapter is written into, so that both would run "
+                         "with it; give the PeftModel and its `get_base_model()`, or load the reference by name.")
 
 # %% ../nbs/07_sources.ipynb #50eac5cc
 def describe(
@@ -186,27 +222,6 @@ def describe(
     models = {role: dict(name=o.name, fingerprint=o.fingerprint(), dtype=str(o.model.dtype).removeprefix("torch."), device=str(o.model.device))
               for role, o in zip(("policy", "reference"), sides)}
     return dict(models=models, versions=versions)
-
-# %% ../nbs/07_sources.ipynb #278d5b87
-def _add_adapter(side: Side, adapter: str, role: str):
-    "The `PeftModel` around the side's model, with one more adapter named after its role."
-    from peft import PeftModel
-    path = Path(adapter).expanduser()
-    if path.exists() and not (path/"adapter_config.json").exists():
-        raise InputError(f"`model` has the adapter {adapter!r}, which has no adapter_config.json; give a folder that PEFT's save_pretrained wrote.")
-    try:
-        if side.peft is None: side.peft = PeftModel.from_pretrained(side.model, adapter, adapter_name=role)
-        else: side.peft.load_adapter(adapter, adapter_name=role)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"`model` has the adapter {adapter!r}, and loading it onto {side.name!r} failed: {_first_line(error)}") from error
-    _check_peft(side.peft)
-    side.peft.eval()
-    return side.peft
-
-def _check_peft(peft) -> None:
-    for name, config in peft.peft_config.items():
-        if config.is_prompt_learning:
-            raise InputError(f"the adapter is of type {config.peft_type.value}, which learns a prompt; only adapters inside the layers, such as LoRA, can be measured.")
 
 # %% ../nbs/07_sources.ipynb #3444ca38
 def read_prompts(
