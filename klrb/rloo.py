@@ -397,7 +397,8 @@ class RBRLOOTrainer(RLOOTrainer):
                           "whose gradient is then biased; raise `max_completion_length` until few are cut.")
 
     def _take_models(self, ref_model, switch):
-        _check_switch(switch, lambda: self._tokenize_prompts(self.train_dataset["prompt"])[0], self.max_completion_length)
+        _check_switch(switch, lambda: self._tokenize_prompts(list(self.train_dataset["prompt"]))[0],
+                      self.max_completion_length)
         if is_peft_model(self.model):
             (check_adapters if ref_model is None else check_active)(self.model)
         if ref_model is not None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
+from trl import RLOOConfig, RLOOTrainer
 
 from klrb.errors import InputError
 from klrb.models import load_tokenizer
@@ -153,5 +154,71 @@ def test_the_logged_kl_is_right_or_the_model_is_refused(tmp_path, kind):
     except InputError as refused:
         assert kind not in QUICK and "\n" not in str(refused)
         return
-    assert exact[0] > 0.1 and loss.isfinite()
+    assert exact[0] > 0.03 and loss.isfinite()
     assert logged == pytest.approx(exact, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "phimoe", pytest.param("olmoe", marks=pytest.mark.slow),
+                                  pytest.param("granitemoe", marks=pytest.mark.slow)])
+def test_the_auxiliary_loss_of_experts_is_the_models_own(tmp_path, kind):
+    """Oracle: the model's forward with logits, routers and the attention mask of the whole batch, padding included."""
+    policy = build(kind, 1)
+    policy.config._experts_implementation = "eager"
+    made = trainer(tmp_path, copy.deepcopy(policy), build(kind, 0), router_aux_loss_coef=0.5)
+    batch = made._generate_and_score_completions(ROWS)
+    loss = made._compute_loss(made.model, batch)
+    loss.backward()
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    with torch.no_grad():
+        own = policy.eval()(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                            output_router_logits=True).aux_loss
+    assert made._metrics["train"]["aux_loss"] == [pytest.approx(own.item(), rel=1e-5)]
+    made.router_aux_loss_coef = 0.
+    assert loss.item() - made._compute_loss(made.model, batch).item() == pytest.approx(0.5 * own.item(), rel=1e-3)
+    assert all(p.grad is not None for name, p in made.model.named_parameters() if "gate.weight" in name)
+
+
+def test_the_auxiliary_loss_is_that_of_stock_rloo(tmp_path):
+    """On prompts of one length, where TRL's missing position ids do no harm."""
+    rows = [dict(prompt=p) for p in ["The film", "The cast", "The plot", "The end"] for _ in range(2)]
+    policy = build("mixtral", 1)
+    made = trainer(tmp_path, copy.deepcopy(policy), build("mixtral", 0))
+    stock = RLOOTrainer(policy, lambda completions, **kwargs: [0.] * len(completions), args=RLOOConfig(
+        str(tmp_path), beta=0., per_device_train_batch_size=8, num_generations=2, bf16=False, report_to=[],
+        gradient_checkpointing=False, use_cpu=True), train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer("tiny-random"))
+    batch = made._generate_and_score_completions(rows)
+    made._compute_loss(made.model, batch)
+    stock._compute_loss(stock.model.train(), batch | dict(old_logps=torch.zeros(8)))
+    assert made._metrics["train"]["aux_loss"] == [pytest.approx(stock._metrics["train"]["aux_loss"][0], rel=1e-5)]
+
+
+def test_a_nested_configuration_is_read(tmp_path):
+    """Gemma 3 keeps the sizes of its language model one level down, beside those of its vision tower."""
+    text = transformers.Gemma3TextConfig(**TYPES["gemma3_text"][1])
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4,
+                                       image_token_index=7, boi_token_index=8, eoi_token_index=9)
+    models = []
+    for seed in (1, 0):
+        torch.manual_seed(seed)
+        models.append(transformers.Gemma3ForConditionalGeneration(config))
+        for module in models[-1].modules():
+            if isinstance(module, torch.nn.Linear):
+                torch.nn.init.normal_(module.weight, std=0.2)
+    kept = copy.deepcopy(models)
+    made = trainer(tmp_path, *models)
+    batch = made._generate_and_score_completions(ROWS)
+    made._compute_loss(made.model, batch).backward()
+    logged = [made._metrics["train"][name][0] for name in ("kl_sequence_rb", "kl_sequence_mc")]
+    assert logged == pytest.approx(exact_kl(*kept, batch), rel=1e-4, abs=1e-4)
+
+
+def test_a_switch_of_the_rotary_factors_inside_the_lengths_is_refused(tmp_path):
+    factors = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[8.0] * 4, rope_theta=1e4,
+                   original_max_position_embeddings=12)
+    models = [build("phi3", seed, rope_parameters=factors, original_max_position_embeddings=12) for seed in (1, 0)]
+    with pytest.raises(InputError, match="change at 12 tokens, and prompts have .* Stay on one side"):
+        trainer(tmp_path, *models)
