@@ -495,7 +495,7 @@ class RBRLOOTrainer(RLOOTrainer):
         self._check_finite(scores)
         prompt_index = torch.arange(len(mask), device=mask.device) // group
         baseline = torch.zeros_like(scores.step_kl)
-        if group > 1:
+        if group > 1 and mask.any():
             baseline = kl_baseline(self.kl_estimator, scores.policy_logprobs, scores.ref_logprobs, mask,
                                    scores.step_kl, prompt_index)
         output |= dict(kl_baseline=baseline, old_per_token_logps=scores.policy_logprobs,
@@ -523,7 +523,7 @@ class RBRLOOTrainer(RLOOTrainer):
     def _compute_loss(self, model, inputs):
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
             loss = super()._compute_loss(model, inputs)
-        if self.kl_beta == 0:
+        if self.kl_beta == 0 or not inputs["completion_mask"].any():
             return loss
         scores = scoring.scores  # with their graph
         penalty = kl_surrogate(
