@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ import types
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,14 @@ __all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer', 'rloo_config', 'MetricsC
 # %% ../nbs/15_rloo.ipynb #b7c0a1d2
 _FREE = frozenset((  # fields of `RLOOConfig` that change neither what is sampled nor what is scored
     # the update: which step follows a gradient that is right
-    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 "
-    "adam_beta2 adam_epsilon optim_target_modules max_grad_norm num_train_epochs max_steps "
+    "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+    "weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm "
+    "num_train_epochs max_steps "
     # how much is sampled, and in which parts it is used: the surrogate weighs what is no longer on-policy
-    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_generations "
-    "num_generations_eval generation_batch_size steps_per_generation num_iterations shuffle_dataset seed data_seed "
-    "max_completion_length average_tokens_across_devices eval_accumulation_steps "
+    "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+    "num_generations num_generations_eval generation_batch_size steps_per_generation "
+    "num_iterations shuffle_dataset seed data_seed max_completion_length "
+    "average_tokens_across_devices eval_accumulation_steps "
     # both models' logits are divided by it, in sampling and in scoring
     "temperature "
     # the reward and its clip, as in TRL: they are no part of the KL. `beta` is ours
@@ -72,32 +75,38 @@ _FREE = frozenset((  # fields of `RLOOConfig` that change neither what is sample
     # rollouts are sampled and scored in evaluation mode, so that dropout is off with or without it
     "disable_dropout "
     # prompts and padding: both models read the same ids and masks
-    "chat_template_kwargs pad_to_multiple_of remove_unused_columns label_names length_column_name "
-    "train_sampling_strategy dataloader_drop_last dataloader_num_workers dataloader_pin_memory "
-    "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context "
-    "dataloader_in_order ignore_data_skip auto_find_batch_size "
+    "chat_template_kwargs pad_to_multiple_of remove_unused_columns label_names "
+    "length_column_name train_sampling_strategy dataloader_drop_last dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context dataloader_in_order ignore_data_skip "
+    "auto_find_batch_size "
     # precision, memory and compilation: the same for both models, or rounding
-    "bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing activation_checkpointing_kwargs "
-    "gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend torch_compile_mode "
-    "use_cache torch_empty_cache_steps full_determinism "
+    "bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing "
+    "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
+    "torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps "
+    "full_determinism "
     # not used by TRL's loss, or only with what is refused below
-    "label_smoothing_factor liger_kernel_config model_init_kwargs trust_remote_code vllm_mode vllm_model_impl "
-    "vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port "
-    "vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
+    "label_smoothing_factor liger_kernel_config model_init_kwargs trust_remote_code vllm_mode "
+    "vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
+    "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
+    "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
     "vllm_tensor_parallel_size "
     # devices and processes; sharded heads are refused when the trainer is made
-    "use_cpu accelerator_config parallelism_config deepspeed ds3_gather_for_generation ddp_find_unused_parameters "
-    "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank fsdp_config "
+    "use_cpu accelerator_config parallelism_config deepspeed ds3_gather_for_generation "
+    "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
+    "ddp_backend ddp_timeout local_rank fsdp_config "
     # logging, evaluation, checkpoints
-    "output_dir logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
-    "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
-    "trackio_space_id trackio_bucket_id trackio_static_space_id log_completions log_multimodal "
-    "num_completions_to_print log_unique_prompts eval_strategy eval_steps eval_delay prediction_loss_only "
-    "eval_on_start eval_do_concat_batches eval_use_gather_object include_for_metrics batch_eval_metrics "
-    "save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint push_to_hub "
-    "hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
-    "metric_for_best_model greater_is_better restore_callback_states_from_checkpoint debug skip_memory_metrics "
-    "do_train do_eval do_predict resume_from_checkpoint"
+    "output_dir logging_strategy logging_steps logging_first_step log_on_each_node "
+    "logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica "
+    "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id log_completions log_multimodal num_completions_to_print "
+    "log_unique_prompts eval_strategy eval_steps eval_delay prediction_loss_only "
+    "eval_on_start eval_do_concat_batches eval_use_gather_object include_for_metrics "
+    "batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node "
+    "save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
+    "hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
+    "metric_for_best_model greater_is_better restore_callback_states_from_checkpoint debug "
+    "skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint "
 ).split())
 
 _SAMPLED = "completions would be sampled from another distribution than the one that is scored"
@@ -171,7 +180,7 @@ def _check_settings(args: RBRLOOConfig) -> None:
     if not args.max_completion_length or args.max_completion_length < 1:
         raise InputError(f"`max_completion_length` is {args.max_completion_length}; "
                          "give the number of tokens at which a completion is cut.")
-    for setting in fields(RLOOConfig):
+    for setting in dataclasses.fields(RLOOConfig):
         value = getattr(args, setting.name)
         if setting.name in _FIXED:
             allowed, harm = _FIXED[setting.name]
@@ -188,8 +197,8 @@ def _check_settings(args: RBRLOOConfig) -> None:
         raise InputError(f"`generation_kwargs` sets `{name}` to {value!r}: {_SAMPLED}, "
                          "and the gradient would be biased; leave it out.")
 
-def _default(setting: Field) -> Any:
-    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+def _default(setting: dataclasses.Field) -> Any:
+    return setting.default if setting.default_factory is dataclasses.MISSING else setting.default_factory()
 
 # %% ../nbs/15_rloo.ipynb #e1f2a3b4
 @contextmanager
