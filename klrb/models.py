@@ -150,6 +150,14 @@ POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_targe
 FROM_PADDING = ("roberta", "roberta-prelayernorm", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod",
                 "data2vec-text", "prophetnet")  # positions are counted from the padding id + 1
 
+def _same_attention(text: PreTrainedConfig) -> int | None:
+    "Longest sequence that is read with full attention, of models that go over to another kind beyond it."
+    if "lsh" in (layers := getattr(text, "attn_layers", None) or ()) or "local" in layers:  # Reformer
+        return min(getattr(text, f"{o}_attn_chunk_length") for o in set(layers))
+    if text.model_type == "big_bird" and text.attention_type == "block_sparse":
+        return (5 + 2 * text.num_random_blocks) * text.block_size
+    return getattr(text, "keep_window_size", None)  # Doge
+
 def context_length(
     config: PreTrainedConfig, # of a model, nested or not
 ) -> int | None: # positions that the language model can read; None: no limit is known
@@ -158,8 +166,8 @@ def context_length(
     given = (getattr(text, name, None) for name in POSITION_FIELDS)
     found = next((o for o in given if isinstance(o, int) and o > 0), None)  # XLNet has -1: no limit
     if found is not None and text.model_type in FROM_PADDING:
-        return found - 1 - (text.pad_token_id or 0)
-    return found
+        found = found - 1 - (text.pad_token_id or 0)
+    return min((o for o in (found, _same_attention(text)) if o is not None), default=None)
 
 def check_context(
     model: PreTrainedModel, # policy or reference
