@@ -32,7 +32,7 @@ from .profiles import packaged_file, split_revision
 # %% auto #0
 __all__ = ['POCKET', 'POSITION_FIELDS', 'FROM_PADDING', 'pocket_training', 'pocket_folder', 'cached_model', 'load_tokenizer',
            'load_model', 'check_same_tokenizer', 'context_length', 'check_context', 'Rollouts', 'sample_completions',
-           'sample_rollouts', 'completion_logits', 'token_logprobs', 'lm_head', 'check_lm_head', 'completion_hidden']
+           'sample_rollouts', 'check_lm_head', 'completion_logits', 'token_logprobs', 'lm_head', 'completion_hidden']
 
 # %% ../nbs/12_models.ipynb #af8d3452
 POCKET = Path(__file__).parent/"assets"/"pocket" if "__file__" in globals() else Path("../klrb/assets/pocket")
@@ -151,6 +151,14 @@ POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_targe
 FROM_PADDING = ("roberta", "roberta-prelayernorm", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod",
                 "data2vec-text", "prophetnet")  # positions are counted from the padding id + 1
 
+def _same_attention(text: PreTrainedConfig) -> int | None:
+    "Longest sequence that is read with full attention, of models that go over to another kind beyond it."
+    if "lsh" in (layers := getattr(text, "attn_layers", None) or ()) or "local" in layers:  # Reformer
+        return min(getattr(text, f"{o}_attn_chunk_length") for o in set(layers))
+    if text.model_type == "big_bird" and text.attention_type == "block_sparse":
+        return (5 + 2 * text.num_random_blocks) * text.block_size
+    return getattr(text, "keep_window_size", None)  # Doge
+
 def context_length(
     config: PreTrainedConfig, # of a model, nested or not
 ) -> int | None: # positions that the language model can read; None: no limit is known
@@ -159,8 +167,8 @@ def context_length(
     given = (getattr(text, name, None) for name in POSITION_FIELDS)
     found = next((o for o in given if isinstance(o, int) and o > 0), None)  # XLNet has -1: no limit
     if found is not None and text.model_type in FROM_PADDING:
-        return found - 1 - (text.pad_token_id or 0)
-    return found
+        found = found - 1 - (text.pad_token_id or 0)
+    return min((o for o in (found, _same_attention(text)) if o is not None), default=None)
 
 def check_context(
     model: PreTrainedModel, # policy or reference
@@ -253,6 +261,23 @@ def sample_rollouts(
                     tokenizer.batch_decode(kept, skip_special_tokens=True),
                     torch.arange(len(prompts), device=policy.device).repeat_interleave(num_completions))
 
+# %% ../nbs/12_models.ipynb #51fe38b6
+@torch.no_grad()
+def check_lm_head(
+    model: PreTrainedModel, # policy or reference
+) -> None:
+    "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
+    base, head = causal_lm(model), lm_head(model)
+    ids = torch.arange(4, device=head.weight.device)[None]
+    logits = base(input_ids=ids, use_cache=False).logits  # (1, 4, V)
+    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
+        ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
+        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
+    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
+                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
+
 # %% ../nbs/12_models.ipynb #bdd53792
 def step_inputs(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> dict[str, Tensor]:
     "What a model reads to score a completion, (B, P + T - 1) each: the step at index P - 1 + t chooses completion token t."
@@ -319,23 +344,6 @@ def lm_head(
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel: # the language model itself; a PEFT model's layers stay adapted
     "The causal language model inside a PEFT model, or the model."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-# %% ../nbs/12_models.ipynb #51fe38b6
-@torch.no_grad()
-def check_lm_head(
-    model: PreTrainedModel, # policy or reference
-) -> None:
-    "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
-    base, head = causal_lm(model), lm_head(model)
-    ids = torch.arange(4, device=head.weight.device)[None]
-    logits = base(input_ids=ids, use_cache=False).logits  # (1, 4, V)
-    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
-        ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
-        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
-        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
-    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
-                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
 
 # %% ../nbs/12_models.ipynb #c3dd3cdb
 def completion_hidden(

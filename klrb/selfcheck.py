@@ -77,7 +77,7 @@ def check_lengths(
 class _Probe(NamedTuple):
     prompts: list[list[int]]
     completions: list[list[int]] # T tokens each
-    pad: int
+    padding: tuple[int, int] # an ordinary token, and the model's own for padding
 
     def rows(self) -> list[list[int]]: # what a model reads to score them
         return [p + c[:-1] for p, c in zip(self.prompts, self.completions)]
@@ -103,9 +103,9 @@ def _make_probe(model: PreTrainedModel, lengths: list[int], steps: int) -> _Prob
         rows[1][:last] = rows[0][:last]
         if rows[1][last] == rows[0][last]: rows[1][last] = next(o for o in [*usable, 0, 1] if o != rows[0][last])
     pads = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None), 0)
-    pad = next(o for o in pads if isinstance(o, int) and o >= 0)
+    pad = next((o for o in pads if isinstance(o, int) and 0 <= o < config.vocab_size), 0)
     return _Probe([row[:n] for row, n in zip(rows, lengths)],
-                  [row[n:n + steps] for row, n in zip(rows, lengths)], pad)
+                  [row[n:n + steps] for row, n in zip(rows, lengths)], (usable[len(usable)//2], pad))
 
 # %% ../nbs/12_selfcheck.ipynb #b6969769
 @contextmanager
@@ -121,11 +121,12 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
 # %% ../nbs/12_selfcheck.ipynb #9769071f
 def _deviation(found: Tensor, wanted: Tensor) -> Tensor: # (L, V) each -> (L,), at least float32
     found, wanted = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (found, wanted))
+    broken = (found.isnan() & ~wanted.isnan()).any(-1)
     change = torch.where(found == wanted, 0., found - wanted)  # -inf is equal to itself
     spread = wanted.masked_fill(wanted.isinf(), torch.nan)
     spread = (spread - spread.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
     change = (change - change.mean(-1, keepdim=True)).square().mean(-1).sqrt()
-    return torch.where(change == 0, 0., change/spread)
+    return torch.where(change == 0, 0., change/spread).masked_fill(broken, torch.inf)
 
 def _tolerance(dtype: torch.dtype) -> float:
     return max(torch.finfo(o).eps for o in (dtype, torch.float32))**0.5
@@ -134,7 +135,7 @@ def _worst(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> flo
     exact = torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
     rows = [_deviation(f, w.to(f.device)) for f, w in zip(found, wanted)]
     values = [(o.max() if exact else o.median()).item() for o in rows if len(o)]
-    return max((o for o in values if o == o), default=0.)  # NaN has an error of its own, in sampling
+    return max((o for o in values if o == o), default=0.)  # a model's own NaN has an error of its own, in sampling
 
 # %% ../nbs/12_selfcheck.ipynb #b6e33ae8
 class _Forced(LogitsProcessor):
@@ -148,15 +149,16 @@ class _Forced(LogitsProcessor):
 def _klrb_logits(model, probe: _Probe, bare: bool) -> tuple[list[Tensor], list[Tensor]]: # rows of (T, V) each
     "What scoring and what sampling give at the steps of a probe, as klrb does both."
     device, width = model.device, max(map(len, probe.prompts))
-    ids = torch.tensor([[probe.pad]*(width - len(o)) + o for o in probe.prompts], device=device)
+    filled = [[probe.padding[i % 2] for i in reversed(range(width - len(o)))] for o in probe.prompts]
+    ids = torch.tensor([pads + o for pads, o in zip(filled, probe.prompts)], device=device)
     mask = torch.tensor([[0]*(width - len(o)) + [1]*len(o) for o in probe.prompts], device=device)
     path = torch.tensor(probe.completions, device=device)  # (B, T)
     lengths = (path.shape[1] - torch.arange(len(path), device=device)).clamp(min=1)  # of the completions
     kept = (torch.arange(path.shape[1], device=device) < lengths[:, None]).long()
-    scored = completion_logits(model, ids, mask, path.masked_fill(kept == 0, probe.pad), kept, bare=bare)
+    scored = completion_logits(model, ids, mask, path.masked_fill(kept == 0, probe.padding[0]), kept, bare=bare)
     forced = _Forced(path)
     never = torch.iinfo(torch.int64).max
-    sample_completions(model, ids, mask, path.shape[1], 1., [never], probe.pad,
+    sample_completions(model, ids, mask, path.shape[1], 1., [never], probe.padding[1],
                        LogitsProcessorList([forced]), bare=bare)
     return [row[:n] for row, n in zip(scored, lengths)], list(torch.stack(forced.seen, 1))
 
@@ -171,7 +173,8 @@ def _model_name(model: PreTrainedModel) -> str:
 def _check_causal(model: PreTrainedModel, rows: list[list[int]], wanted: list[Tensor]) -> None:
     "The second row is a beginning of the first one, but for its last token."
     n = len(rows[1]) - 1
-    if _worst([wanted[1][:n]], [wanted[0][:n]], model.dtype) > _tolerance(model.dtype):
+    # Rounding that a model amplifies is told apart below; what sees later tokens changes by a tenth and more
+    if _worst([wanted[1][:n]], [wanted[0][:n]], model.dtype) > max(0.02, _tolerance(model.dtype)):
         raise InputError(f"`model` is {_model_name(model)}, which is not a causal language model: what it gives at one "
                          "position changes with a later token, so that its numbers are no probabilities of a text. "
                          "Give a causal language model (a decoder).")

@@ -20,10 +20,11 @@ STEPS, SAMPLES = 6, 8
 
 
 def tokenizer():
-    "Token number i is written wi; none of them is special but the first three."
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w3"))
+    "Token number i is written wi, but the first three, which are special."
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", bos_token="w1", eos_token="w2", padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left")
 
 
 def prompts():
@@ -82,13 +83,42 @@ def outcome(kind, **fields):
     return f"wrong by {worst:.2g}, samples by {z:.1f} standard errors"
 
 
-UNBUILT = {}
-
-
-FEW = ["llama", "gpt2", "opt", "bloom", "mamba", "recurrent_gemma", "bart", "roberta", "qwen3_moe", "gemma3_text", "xlnet"]
+FEW = ["llama", "gpt2", "opt", "bloom", "mamba", "qwen3_moe", "gemma3_text", "jamba", "reformer"]
 
 
 @pytest.mark.parametrize("kind", FEW)
 def test_a_few_types(kind):
     found = outcome(kind)
-    assert found == "right" if kind != "xlnet" else "not a causal language model" in found
+    assert "context has 8 positions" in found if kind == "reformer" else found == "right"
+
+
+# Types whose own defaults the rules of `tiny_models` do not make small; why, by the error that building them raises
+UNBUILT = {
+    "blt": "patches of bytes, and a hundred seconds to build",
+    "cohere_compass_text": "rope parameters by layer", "dbrx": "nested attention configuration", "dots1": "no number of experts",
+    "dots3_note": "heads by layer", "dots3_note_text": "heads by layer", "emu3": "images", "gemma3n": "needs timm", "gemma4": "images",
+    "gemma4_assistant": "reads another model's layers", "gemma4_unified": "images", "gemma4_unified_assistant": "reads another model's layers",
+    "llama4": "images", "musicgen": "needs a text encoder", "musicgen_melody": "needs a text encoder", "qwen3_5": "images", "qwen3_5_moe": "images",
+    "qwen4_exp": "images", "qwen4_exp_text": "no budget of tokens"}
+BROKEN = {  # built small, but their code does not run like that
+    "bailing_hybrid": "groups of experts", "xlstm": "sizes of heads", "zamba2": "layers of one kind"}
+REFUSED = {  # by name, for good reasons
+    "cpmant": "not a causal language model", "xlm": "not a causal language model", "xlnet": "not a causal language model",
+    "prophetnet": "no way of running it", "reformer": "context has 8 positions", "hrm_text": "no way of running it"}
+AT_LEAST = """bart bert bloom codegen cohere cohere2 ctrl deepseek_v2 deepseek_v3 falcon falcon_h1 falcon_mamba gemma gemma2 gemma3_text
+gemma3n_text gemma4_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid helium jamba jetmoe kimi_linear
+lfm2 llama llama4_text mamba mamba2 marian mbart minicpm3 minimax ministral mistral mixtral mpt nemotron olmo olmo2 olmoe opt persimmon phi phi3
+phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next recurrent_gemma roberta rwkv smollm3 stablelm starcoder2 xglm xlm-roberta zamba""".split()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_type_is_right_or_refused():
+    "Nothing is left out silently: every type is right, refused for a reason that stands here, or listed as not built."
+    found = {kind: outcome(kind) for kind in KINDS if kind not in UNBUILT}
+    right = {kind for kind, o in found.items() if o == "right"}
+    wrong = {kind: o for kind, o in found.items() if o.startswith("wrong")}
+    unexplained = {kind: o for kind, o in found.items() if o.startswith("refused") and kind not in BROKEN and REFUSED.get(kind, "-") not in o}
+    told = f"{len(right)} right, {len(found) - len(right) - len(wrong)} refused, {len(wrong)} wrong, {len(UNBUILT)} not built"
+    assert not wrong and not unexplained, f"{told}: {wrong} {unexplained}"
+    assert len(right) >= 60 and right >= set(AT_LEAST), f"{told}; missing {sorted(set(AT_LEAST) - right)}"
