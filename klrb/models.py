@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel,
-                          LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase)
+                          LogitsProcessorList, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 
 from .errors import InputError, MachineError
 from .fused import LMHead
@@ -29,9 +30,9 @@ from .gguf_files import load_gguf
 from .profiles import packaged_file, split_revision
 
 # %% auto #0
-__all__ = ['POCKET', 'pocket_training', 'pocket_folder', 'cached_model', 'load_tokenizer', 'load_model', 'check_same_tokenizer',
-           'check_context', 'Rollouts', 'sample_completions', 'sample_rollouts', 'completion_logits', 'token_logprobs',
-           'lm_head', 'check_lm_head', 'completion_hidden']
+__all__ = ['POCKET', 'POSITION_FIELDS', 'FROM_PADDING', 'pocket_training', 'pocket_folder', 'cached_model', 'load_tokenizer',
+           'load_model', 'check_same_tokenizer', 'context_length', 'check_context', 'Rollouts', 'sample_completions',
+           'sample_rollouts', 'check_lm_head', 'completion_logits', 'token_logprobs', 'lm_head', 'completion_hidden']
 
 # %% ../nbs/12_models.ipynb #af8d3452
 POCKET = Path(__file__).parent/"assets"/"pocket" if "__file__" in globals() else Path("../klrb/assets/pocket")
@@ -146,6 +147,30 @@ def check_same_tokenizer(
             raise InputError(f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
                              f"{getattr(ref_tokenizer, name)} for the reference; completions would end at different tokens.")
 
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_seq_len",
+                   "max_sequence_length", "seq_length", "context_length")  # names of one thing
+FROM_PADDING = ("roberta", "roberta-prelayernorm", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod",
+                "data2vec-text", "prophetnet")  # positions are counted from the padding id + 1
+
+def _same_attention(text: PreTrainedConfig) -> int | None:
+    "Longest sequence that is read with full attention, of models that go over to another kind beyond it."
+    if "lsh" in (layers := getattr(text, "attn_layers", None) or ()) or "local" in layers:  # Reformer
+        return min(getattr(text, f"{o}_attn_chunk_length") for o in set(layers))
+    if text.model_type == "big_bird" and text.attention_type == "block_sparse":
+        return (5 + 2 * text.num_random_blocks) * text.block_size
+    return getattr(text, "keep_window_size", None)  # Doge
+
+def context_length(
+    config: PreTrainedConfig, # of a model, nested or not
+) -> int | None: # positions that the language model can read; None: no limit is known
+    "The context of a language model, whatever its configuration calls it."
+    text = config.get_text_config(decoder=True)
+    given = (getattr(text, name, None) for name in POSITION_FIELDS)
+    found = next((o for o in given if isinstance(o, int) and o > 0), None)  # XLNet has -1: no limit
+    if found is not None and text.model_type in FROM_PADDING:
+        found = found - 1 - (text.pad_token_id or 0)
+    return min((o for o in (found, _same_attention(text)) if o is not None), default=None)
+
 def check_context(
     model: PreTrainedModel, # policy or reference
     tokenizer: PreTrainedTokenizerBase, # of the model
@@ -153,7 +178,7 @@ def check_context(
     max_completion_length: int, # tokens to generate at the most
 ) -> None:
     "Raise `ValueError` unless every prompt and its completion fit the model's context."
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model.config)
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
     if context is not None and max(lengths) + max_completion_length > context:
         raise InputError(f"the longest prompt has {max(lengths)} tokens and `max_completion_length` is {max_completion_length}, "
@@ -183,16 +208,36 @@ def sample_completions(
     eos_token_ids: list[int], # tokens that end a completion
     pad_token_id: int, # follows the end; may be one of them
     logits_processor: LogitsProcessorList|None = None, # applied to the logits of every step
+    bare: bool = False, # read token ids alone, all of them at every step; for rows without padding
 ) -> tuple[Tensor, Tensor]: # completion ids, padded on the right, and 1 up to and including the first end, (B, T) each
     "Sample one completion per row from the policy itself: no top-k, no top-p, no penalties. Uses torch's global generator."
+    if bare:
+        full = _sample_bare(policy, prompt_ids, max_completion_length, temperature, eos_token_ids, pad_token_id,
+                            logits_processor or LogitsProcessorList())
+        return _completions(full, prompt_ids, eos_token_ids)
     settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_completion_length,
                                 eos_token_id=eos_token_ids, pad_token_id=pad_token_id)
     its_own, policy.generation_config = policy.generation_config, settings
     try: full = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=settings, logits_processor=logits_processor)
     finally: policy.generation_config = its_own
+    return _completions(full, prompt_ids, eos_token_ids)
+
+def _completions(full: Tensor, prompt_ids: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
     completion_ids = full[:, prompt_ids.shape[1]:]  # (B, T)
     ends = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=full.device)).long()
     return completion_ids, (ends.cumsum(1) - ends == 0).long()
+
+def _sample_bare(policy, ids, steps, temperature, eos_token_ids, pad_token_id, processors) -> Tensor: # (B, P + T)
+    "Without cache, mask and positions: for models whose `generate` and `forward` do not agree about them."
+    ends = torch.tensor(eos_token_ids, device=ids.device)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(steps):
+        scores = processors(ids, bare_logits(policy, ids)[:, -1].float())  # (B, V)
+        chosen = torch.multinomial((scores / temperature).softmax(-1), 1).squeeze(1)
+        chosen = chosen.masked_fill(ended, pad_token_id)
+        ids, ended = torch.cat([ids, chosen[:, None]], 1), ended | torch.isin(chosen, ends)
+        if ended.all(): break
+    return ids
 
 # %% ../nbs/12_models.ipynb #cb296a03
 def sample_rollouts(
@@ -217,12 +262,44 @@ def sample_rollouts(
                     tokenizer.batch_decode(kept, skip_special_tokens=True),
                     torch.arange(len(prompts), device=policy.device).repeat_interleave(num_completions))
 
+# %% ../nbs/12_models.ipynb #51fe38b6
+@torch.no_grad()
+def check_lm_head(
+    model: PreTrainedModel, # policy or reference
+) -> None:
+    "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
+    base, head = causal_lm(model), lm_head(model)
+    ids = torch.arange(4, device=head.weight.device)[None]
+    logits = base(input_ids=ids, use_cache=False).logits  # (1, 4, V)
+    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
+        ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
+        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
+    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
+                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
+
 # %% ../nbs/12_models.ipynb #bdd53792
 def step_inputs(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> dict[str, Tensor]:
     "What a model reads to score a completion, (B, P + T - 1) each: the step at index P - 1 + t chooses completion token t."
     attention_mask = torch.cat([prompt_mask, completion_mask[:, :-1]], 1)
     return dict(input_ids=torch.cat([prompt_ids, completion_ids[:, :-1]], 1), attention_mask=attention_mask,
                 position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0))
+
+def accepted_inputs(
+    module: torch.nn.Module, # a language model
+    inputs: dict, # what it could be given
+) -> dict: # what its `forward` has a name for
+    "Leave out what a model does not know: Bart's decoder has no `position_ids`, BLOOM no `logits_to_keep`."
+    names = inspect.signature(module.forward).parameters
+    return {k: v for k, v in inputs.items() if k in names} if "input_ids" in names else inputs
+
+def bare_logits(
+    model: PreTrainedModel, # policy or reference
+    input_ids: Tensor, # (B, L), without padding
+) -> Tensor: # (B, L, V)
+    "The model's own answer to token ids alone."
+    return model(**accepted_inputs(causal_lm(model), dict(input_ids=input_ids, use_cache=False))).logits
 
 # %% ../nbs/12_models.ipynb #b7915b7f
 def completion_logits(
@@ -232,10 +309,14 @@ def completion_logits(
     completion_ids: Tensor, # (B, T), padded on the right
     completion_mask: Tensor, # (B, T)
     temperature: float = 1.0, # both models' logits are divided by it
+    bare: bool = False, # read token ids alone; for prompts without padding
 ) -> Tensor: # logits of the step that chose each completion token, (B, T, V)
     "Teacher-forced logits of a completion, at the positions that generation used."
     inputs = step_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
-    return model(**inputs, use_cache=False, logits_to_keep=completion_ids.shape[1]).logits / temperature
+    if bare: inputs = dict(input_ids=inputs["input_ids"])
+    inputs |= dict(use_cache=False, logits_to_keep=completion_ids.shape[1])
+    logits = model(**accepted_inputs(causal_lm(model), inputs)).logits
+    return logits[:, -completion_ids.shape[1]:] / temperature  # a model may ignore `logits_to_keep`
 
 def token_logprobs(
     logits: Tensor, # (B, T, V)
@@ -265,23 +346,6 @@ def causal_lm(model: PreTrainedModel) -> PreTrainedModel: # the language model i
     "The causal language model inside a PEFT model, or the model."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../nbs/12_models.ipynb #51fe38b6
-@torch.no_grad()
-def check_lm_head(
-    model: PreTrainedModel, # policy or reference
-) -> None:
-    "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
-    base, head, seen = causal_lm(model), lm_head(model), []
-    handle = base.base_model.register_forward_hook(lambda module, args, output: seen.append(output))
-    try: logits = base(input_ids=torch.arange(4, device=head.weight.device)[None], use_cache=False).logits  # (1, 4, V)
-    finally: handle.remove()
-    if (hidden := getattr(seen[0], "last_hidden_state", None)) is not None and hidden.shape[-1] == head.weight.shape[1]:
-        ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
-        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
-        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
-    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
-                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
-
 # %% ../nbs/12_models.ipynb #c3dd3cdb
 def completion_hidden(
     model: PreTrainedModel, # policy or reference
@@ -292,4 +356,5 @@ def completion_hidden(
 ) -> Tensor: # last hidden state of the step that chose each completion token, (B, T, H)
     "What `lm_head` turns into the logits of a completion, at the positions that generation used."
     inputs = step_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
-    return causal_lm(model).base_model(**inputs, use_cache=False).last_hidden_state[:, prompt_ids.shape[1] - 1:]
+    base = causal_lm(model).base_model
+    return base(**accepted_inputs(base, inputs | dict(use_cache=False))).last_hidden_state[:, prompt_ids.shape[1] - 1:]

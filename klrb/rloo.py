@@ -7,100 +7,441 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import pad
+from transformers import (GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase,
+                          PrinterCallback, TrainerCallback)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from trl import RLOOConfig, RLOOTrainer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl import RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import disable_dropout_in_model
 
-from .errors import InputError, NotFiniteError
+from .adapters import check_active, check_adapters, evaluating
+from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
-from .models import causal_lm, check_lm_head, completion_hidden, lm_head, sample_rollouts, step_inputs
+from .models import (Rollouts, accepted_inputs, causal_lm, check_context, check_lm_head,
+                         completion_hidden, lm_head, sample_completions, step_inputs)
 from .profiles import Profile, check_device
+from .selfcheck import check_scoring
 
 # %% auto #0
 __all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer', 'rloo_config', 'MetricsCSV', 'evaluate_policy', 'summarize_evaluation',
            'train_rloo']
 
+# %% ../nbs/15_rloo.ipynb #b7c0a1d2
+_FREE = frozenset(
+    (  # fields of `RLOOConfig` that change neither what is sampled nor what is scored
+        # the update: which step follows a gradient that is right
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
+        "weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm "
+        "num_train_epochs max_steps "
+        # how much is sampled, and in which parts it is used: what is no longer on-policy is weighed
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
+        "num_generations num_generations_eval generation_batch_size steps_per_generation "
+        "num_iterations shuffle_dataset seed data_seed max_completion_length "
+        "average_tokens_across_devices eval_accumulation_steps "
+        # both models' logits are divided by it, in sampling and in scoring
+        "temperature "
+        # the reward and its clip, as in TRL: they are no part of the KL. `beta` is ours
+        "beta epsilon epsilon_high reward_weights reward_clip_range router_aux_loss_coef "
+        # excludes completions that were cut from the loss and from the log; see below
+        "mask_truncated_completions "
+        # the reference moves between generation batches only, which is checked
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
+        # rollouts are sampled and scored in evaluation mode: dropout is off with or without it
+        "disable_dropout "
+        # prompts and padding: both models read the same ids and masks
+        "chat_template_kwargs pad_to_multiple_of remove_unused_columns label_names "
+        "length_column_name train_sampling_strategy dataloader_drop_last dataloader_num_workers "
+        "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order ignore_data_skip "
+        "auto_find_batch_size "
+        # precision, memory and compilation: the same for both models, or rounding
+        "bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing "
+        "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
+        "torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps "
+        "full_determinism "
+        # not used by TRL's loss, or only with what is refused below
+        "label_smoothing_factor liger_kernel_config model_init_kwargs trust_remote_code vllm_mode "
+        "vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
+        "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
+        "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
+        "vllm_tensor_parallel_size "
+        # devices and processes; sharded heads are refused when the trainer is made
+        "use_cpu accelerator_config parallelism_config deepspeed ds3_gather_for_generation "
+        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
+        "ddp_backend ddp_timeout local_rank fsdp_config "
+        # logging, evaluation, checkpoints
+        "output_dir logging_strategy logging_steps logging_first_step log_on_each_node "
+        "logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica "
+        "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
+        "trackio_static_space_id log_completions log_multimodal num_completions_to_print "
+        "log_unique_prompts eval_strategy eval_steps eval_delay prediction_loss_only "
+        "eval_on_start eval_do_concat_batches eval_use_gather_object include_for_metrics "
+        "batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node "
+        "save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
+        "hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
+        "metric_for_best_model greater_is_better restore_callback_states_from_checkpoint debug "
+        "skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint "
+    ).split()
+)
+
+_SAMPLED = "completions would be sampled from another distribution than the one that is scored"
+_FIXED = {  # name -> values that change nothing, and what any other would do
+    "top_k": ((0,), _SAMPLED),  # None is 50 to `generate`
+    "top_p": ((1.0,), _SAMPLED),
+    "min_p": ((None, 0.0), _SAMPLED),
+    "repetition_penalty": ((1.0,), _SAMPLED),
+    "cache_implementation": (
+        (None, "dynamic", "static", "offloaded", "offloaded_static"),
+        _SAMPLED,
+    ),  # no quantized one
+    "use_vllm": ((False,), _SAMPLED),  # other kernels, other rounding, settings of its own
+    "use_transformers_continuous_batching": ((False,), _SAMPLED),  # rounds the policy to bfloat16
+    "transformers_continuous_batching_config": ((None,), _SAMPLED),
+    "use_transformers_paged": ((False,), _SAMPLED),
+    "neftune_noise_alpha": (
+        (None,),
+        "completions would be scored with noise that they were not sampled with",
+    ),
+    "use_liger_kernel": (
+        (False,),
+        "the policy would be scored by other kernels than the reference",
+    ),
+    "normalize_advantages": (
+        (False,),
+        "the reward would be divided by its spread in each batch and the KL would not",
+    ),
+    "fsdp": (
+        (None, "", False),
+        "the fused kernel would need the head's shards again in the backward pass",
+    ),
+}
+
+# %% ../nbs/15_rloo.ipynb #a1b2c3d4
+_FREE_GENERATION = frozenset(
+    (  # fields of `GenerationConfig` that cannot change what a token is drawn from
+        "max_new_tokens max_length "  # where a completion is cut, a function of its length alone
+        "pad_token_id bos_token_id "  # what follows the end; what an empty prompt begins with
+        # speed and memory
+        "use_cache max_cache_len prefill_chunk_size compile_config disable_compile low_memory "
+        # what is returned besides
+        "output_attentions output_hidden_states output_scores output_logits "
+        "transformers_version _from_model_config"
+    ).split()
+)
+
+
+def _biased_generation(
+    settings: dict[str, Any],  # fields of `GenerationConfig`
+    temperature: float,  # what completions are scored with
+    eos_token_ids: list[int] | None = None,  # ends of a completion; None: to be left out
+) -> (
+    tuple[str, Any] | None
+):  # the first field, with its value, that changes what completions are drawn from
+    "A setting of `generate` with which sampling would not be from the policy at `temperature`."
+    neutral = GenerationConfig._get_default_generation_params() | dict(
+        do_sample=True, top_k=0, temperature=temperature, eos_token_id=eos_token_ids, min_p=0.0
+    )
+    needed = (
+        "do_sample",
+        "temperature",
+        "top_k",
+        "eos_token_id",
+    )  # None is no neutral value of these
+    for name, value in settings.items():
+        if name in _FREE_GENERATION or value is None and name not in needed:
+            continue
+        if name == "cache_implementation" and value in _FIXED[name][0]:
+            continue
+        if value != neutral.get(name):
+            return name, value
+    return None
+
 # %% ../nbs/15_rloo.ipynb #f3e230e3
-UNBIASED: tuple[str, ...] = tuple(name for name, method in GRADIENTS.items()
-                                  if method.unbiased and name != "rb_topk")  # what the trainer can follow
+UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
+    name for name, method in GRADIENTS.items() if method.unbiased and name != "rb_topk"
+)
+
 
 @dataclass
 class RBRLOOConfig(RLOOConfig):
-    """`trl.RLOOConfig` with a choice of KL gradient. Raises `ValueError` for settings that cannot work."""
+    """`trl.RLOOConfig` with a choice of KL gradient.
 
-    kl_estimator: str = field(default="rb", metadata={"help": "Unbiased method of klrb.gradients for the KL penalty."})
-
-    def __post_init__(self):
-        if self.kl_estimator not in UNBIASED:
-            raise InputError(f"`kl_estimator` is {self.kl_estimator!r}; the unbiased methods are {', '.join(UNBIASED)}.")
-        if self.beta < 0: raise InputError(f"`beta` is {self.beta}; the weight of the KL penalty must be >= 0.")
-        if self.num_generations < 2:
-            raise InputError(f"`num_generations` is {self.num_generations}; leave-one-out needs at least 2 completions per prompt.")
-        super().__post_init__()
-
-# %% ../nbs/15_rloo.ipynb #37725ed2
-class RBRLOOTrainer(RLOOTrainer):
-    """`trl.RLOOTrainer` whose KL penalty is an unbiased, differentiable estimate in the loss (eq. 1).
-
-    Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every generation batch.
+    Raises `ValueError` for settings that cannot work or that would bias the gradient.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel, # policy, trained in place; may be a PEFT model
-        ref_model: PreTrainedModel | None, # reference with the same vocabulary; frozen. None: the PEFT policy without its adapters
-        reward_funcs: Callable | list[Callable], # as in TRL: (completions, prompts, **kwargs) to a list of floats
-        args: RBRLOOConfig, # `args.beta` weighs the KL
-        train_dataset: Dataset, # column `prompt`
-        processing_class: PreTrainedTokenizerBase, # tokenizer of both models
-        **kwargs, # passed on to `trl.RLOOTrainer`, for instance `peft_config`
-    ):
-        _check_models(model, ref_model, kwargs.get("peft_config"), args)
-        base_args = copy.copy(args)
-        base_args.beta = 0.0  # TRL's reward then carries no KL, and TRL reloads no reference
-        super().__init__(model, reward_funcs, args=base_args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
-        self.args.beta = self.kl_beta = args.beta
-        self.kl_estimator = args.kl_estimator
-        self.exact_loss = args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
-        self.off_policy = args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
-        for m in (self.model, ref_model) if ref_model else (self.model,): check_lm_head(m)
-        _add_hidden_forward(causal_lm(self.model))
-        self.add_callback(_ResumeOrder(self))
-        if ref_model is None: return
-        if args.disable_dropout: disable_dropout_in_model(ref_model)
-        self.ref_model = self.accelerator.prepare_model(ref_model.requires_grad_(False), evaluation_mode=True)
+    kl_estimator: str = field(
+        default="rb", metadata={"help": "Unbiased method of klrb.gradients for the KL penalty."}
+    )
 
+    def __post_init__(self):
+        _check_settings(self)
+        super().__post_init__()
+
+
+def _check_settings(args: RBRLOOConfig) -> None:
+    if args.kl_estimator not in UNBIASED:
+        raise InputError(
+            f"`kl_estimator` is {args.kl_estimator!r}; "
+            f"the unbiased methods are {', '.join(UNBIASED)}."
+        )
+    if args.beta < 0:
+        raise InputError(f"`beta` is {args.beta}; the weight of the KL penalty must be >= 0.")
+    if args.num_generations < 2:
+        raise InputError(
+            f"`num_generations` is {args.num_generations}; "
+            "leave-one-out needs at least 2 completions per prompt."
+        )
+    if not args.max_completion_length or args.max_completion_length < 1:
+        raise InputError(
+            f"`max_completion_length` is {args.max_completion_length}; "
+            "give the number of tokens at which a completion is cut."
+        )
+    for setting in dataclasses.fields(RLOOConfig):
+        value = getattr(args, setting.name)
+        if setting.name in _FIXED:
+            allowed, harm = _FIXED[setting.name]
+            if value not in allowed and value != []:
+                raise InputError(
+                    f"`{setting.name}` is {value!r}: {harm}, and the gradient would be biased; "
+                    f"leave it at {allowed[0]!r}."
+                )
+        elif setting.name not in _FREE | {"generation_kwargs"} and value != _default(setting):
+            raise InputError(
+                f"`{setting.name}` is {value!r}; RBRLOOTrainer does not know this setting of TRL, "
+                f"and whether it biases the gradient. Leave it at {_default(setting)!r}."
+            )
+    given = args.generation_kwargs or {}
+    given = json.loads(given) if isinstance(given, str) else given
+    if biased := _biased_generation(given, args.temperature):
+        name, value = biased
+        raise InputError(
+            f"`generation_kwargs` sets `{name}` to {value!r}: {_SAMPLED}, "
+            "and the gradient would be biased; leave it out."
+        )
+
+
+def _default(setting: dataclasses.Field) -> Any:
+    return (
+        setting.default
+        if setting.default_factory is dataclasses.MISSING
+        else setting.default_factory()
+    )
+
+# %% ../nbs/15_rloo.ipynb #e1f2a3b4
+@contextmanager
+def _own_distribution(model: PreTrainedModel, settings: GenerationConfig):
+    "Meanwhile `settings` are all that `model.generate` knows."
+    holders = [
+        holder for holder in (model, causal_lm(model)) if "generation_config" in vars(holder)
+    ]
+    its_own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = settings
+        yield
+    finally:
+        for holder, kept in zip(holders, its_own):
+            holder.generation_config = kept
+
+
+def _without_noise(
+    model: PreTrainedModel, checkpointed: bool = False
+) -> None:  # True: as if all layers recomputed
+    "Evaluation mode for all inside `model`, but for layers that recompute their activations."
+    for module in model.modules():
+        if module is not model:
+            recomputes = isinstance(module, GradientCheckpointingLayer) and (
+                module.gradient_checkpointing or checkpointed
+            )
+            module.training = model.training and recomputes
+
+
+def _probe(model: PreTrainedModel) -> Tensor:  # last hidden states of sixteen tokens
+    body = causal_lm(model).base_model
+    ids = (
+        torch.arange(16, device=next(body.parameters()).device)[None]
+        % model.config.get_text_config().vocab_size
+    )
+    return body(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+
+def _same(ours: Tensor, theirs: Tensor) -> bool:  # up to rounding in bfloat16; noise is far outside
+    ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
+    return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
+
+
+def _check_noise(model: PreTrainedModel, checkpointed: bool) -> None:
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices=gpus), torch.no_grad():
+        expected = _probe(model)
+        model.train()
+        _without_noise(model, checkpointed)
+        if not _same(_probe(model), expected):
+            raise InputError(
+                f"`model` ({type(causal_lm(model)).__name__}) computes something else in "
+                "training mode, dropout for instance: what is sampled would not be what is scored. "
+                "Set `gradient_checkpointing=False`, or the model's dropout to 0."
+            )
+
+# %% ../nbs/15_rloo.ipynb #a2b3c4d5
 def _check_models(model, ref_model, peft_config, args):
+    if not isinstance(args, RBRLOOConfig):
+        raise InputTypeError(
+            f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
+        )
+    _check_settings(args)  # once more: fields may have been set since
+    models = dict(model=model) if ref_model is None else dict(model=model, ref_model=ref_model)
+    for name, given in models.items():
+        if not isinstance(given, PreTrainedModel) and not (
+            isinstance(given, Module) and is_peft_model(given)
+        ):
+            raise InputTypeError(
+                f"`{name}` is a {type(given).__name__}; give a loaded causal language model."
+            )
     if ref_model is None and peft_config is None and not is_peft_model(model):
-        raise InputError("`ref_model` is None, but `model` has no adapters that could be switched off to make the reference; "
-                         "give the reference, or a PEFT model, or a `peft_config`.")
-    if ref_model is not None and (ours := model.config.vocab_size) != (theirs := ref_model.config.vocab_size):
-        raise InputError(f"`model` has {ours:,} tokens and `ref_model` {theirs:,}; a KL needs one vocabulary.")
-    if (local_batch := args.per_device_train_batch_size * args.steps_per_generation) % args.num_generations:
-        raise InputError(f"one device generates {local_batch} completions, not a multiple of `num_generations` "
-                         f"({args.num_generations}); the completions of a prompt must stay on one device.")
+        raise InputError(
+            "`ref_model` is None, but `model` has no adapters that could be switched off to "
+            "make the reference; give the reference, or a PEFT model, or a `peft_config`."
+        )
+    if ref_model is not None:
+        ours, theirs = (o.config.get_text_config().vocab_size for o in (model, ref_model))
+        if ours != theirs:
+            raise InputError(
+                f"`model` has {ours:,} tokens and `ref_model` {theirs:,}; "
+                "a KL needs one vocabulary."
+            )
+    local_batch = args.per_device_train_batch_size * args.steps_per_generation
+    if local_batch % args.num_generations:
+        raise InputError(
+            f"one device generates {local_batch} completions, not a multiple of `num_generations` "
+            f"({args.num_generations}); the completions of a prompt must stay on one device."
+        )
     if is_deepspeed_zero3_enabled():
-        raise InputError("DeepSpeed ZeRO-3 shards the heads, which the fused kernel reads again in the backward pass; use ZeRO-2.")
+        raise InputError(
+            "DeepSpeed ZeRO-3 shards the heads, which the fused kernel reads again in the backward "
+            "pass; use ZeRO-2."
+        )
+    if args.sync_ref_model:
+        _check_sync(model, ref_model, args)
+
+
+def _check_sync(model, ref_model, args):
+    if ref_model is None:
+        raise InputError(
+            "`sync_ref_model` is True, but the reference is the policy without its adapters, which "
+            "has no weights of its own; give `ref_model`, or set `sync_ref_model=False`."
+        )
+    every = args.num_iterations * args.steps_per_generation / args.gradient_accumulation_steps
+    if args.ref_model_sync_steps % every:
+        raise InputError(
+            f"`ref_model_sync_steps` is {args.ref_model_sync_steps}, and a generation batch lasts "
+            f"{every:g} updates: the reference would change while its hidden states are in use. "
+            "Take a multiple."
+        )
+    ours, theirs = ([o.shape for o in model.parameters()] for model in (model, ref_model))
+    if ours != theirs:
+        raise InputError(
+            "`sync_ref_model` is True, but `model` and `ref_model` have different parameters, "
+            "so that one cannot be mixed into the other."
+        )
+
+
+def _check_data(train_dataset, processing_class, options):
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise InputTypeError(
+            f"`processing_class` is a {type(processing_class).__name__}; RBRLOOTrainer is for text "
+            "models and needs their tokenizer."
+        )
+    if processing_class.eos_token_id is None:
+        raise InputError("`processing_class` has no end-of-text token; set its `eos_token`.")
+    if processing_class("a").input_ids[1:][-1:] == [processing_class.eos_token_id]:
+        raise InputError(
+            f"`processing_class` appends {processing_class.eos_token!r} to every prompt, so that "
+            "completions would begin after the end; switch that off (`add_eos_token=False`)."
+        )
+    columns = getattr(train_dataset, "column_names", None) or []
+    if pictures := [name for name in ("image", "images") if name in columns]:
+        raise InputError(
+            f"`train_dataset` has the column `{pictures[0]}`; RBRLOOTrainer is for text models."
+        )
+    known = (
+        "eval_dataset",
+        "reward_processing_classes",
+        "callbacks",
+        "optimizers",
+        "quantization_config",
+        "peft_config",
+    )
+    if unknown := [name for name in options if name not in known]:
+        raise InputTypeError(
+            f"RBRLOOTrainer does not know `{unknown[0]}`, and whether completions would still be "
+            f"sampled from the policy; it passes on {', '.join(known)}."
+        )
+
+
+def _check_scoring(
+    model, ref_model
+) -> int | None:  # a length at which the rotary factors of a model change
+    switches = []
+    for name, given in dict(model=model, ref_model=ref_model).items():
+        if given is None:
+            continue
+        check = check_scoring(given)
+        if check.equal_lengths or check.bare:
+            raise InputError(
+                f"`{name}` ({type(causal_lm(given)).__name__}) is right only in batches of one "
+                "length, and RBRLOOTrainer pads its batches; take another model."
+            )
+        switches.append(check.switch)
+    return min((o for o in switches if o is not None), default=None)
+
+
+def _check_switch(switch, tokenize, max_completion_length):
+    if switch is None:
+        return
+    lengths = [len(ids) for ids in tokenize()]
+    if min(lengths) <= switch < max(lengths) + max_completion_length:
+        raise InputError(
+            f"the rotary factors of a model change at {switch} tokens, and prompts have "
+            f"{min(lengths)} to {max(lengths)} before up to {max_completion_length} more: "
+            "a batch would be scored by other factors than it was sampled with. Stay on one side."
+        )
+
+
+def _check_apart(model, ref_model):
+    trained = {o.data_ptr() for o in model.parameters() if o.requires_grad and o.numel()}
+    if any(o.data_ptr() in trained for o in ref_model.parameters()):
+        raise InputError(
+            "`ref_model` shares weights with `model` that are trained, so the reference would move "
+            "with the policy; give a copy (`copy.deepcopy`, or load it once more)."
+        )
 
 # %% ../nbs/15_rloo.ipynb #eb1b8010
 def _add_hidden_forward(model: PreTrainedModel) -> None:
@@ -108,116 +449,337 @@ def _add_hidden_forward(model: PreTrainedModel) -> None:
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def with_hidden_exit(self, *args, from_hidden=None, labels=None, **kwargs):
-        if from_hidden is None: return forward(*args, labels=labels, **kwargs)
-        return from_hidden(self.base_model(*args, use_cache=False, **kwargs).last_hidden_state, lm_head(self))
+        if from_hidden is None:
+            return forward(*args, labels=labels, **kwargs)
+        routers = {name: kwargs.pop(name) for name in ("output_router_logits",) if name in kwargs}
+        inputs = accepted_inputs(self.base_model, kwargs | dict(use_cache=False))
+        return from_hidden(self, self.base_model(*args, **inputs, **routers))
 
     model.forward = types.MethodType(with_hidden_exit, model)
 
-# %% ../nbs/15_rloo.ipynb #2938ce2b
-def _score(self, model, rollouts, ref_hidden): # rollouts: prompt ids and mask, completion ids and mask
-    "Step KL, log-probabilities and entropy from one forward through `model`, (B, T) each."
-    prompt_length, completion_ids, completion_mask = rollouts[0].shape[1], *rollouts[2:]
-    ref_head = None if ref_hidden is None else self._on_reference(lm_head)
-    def from_hidden(hidden, head):
-        hidden = hidden[:, prompt_length - 1:]  # (B, T, H): the steps of the completion
-        if ref_hidden is None: return _score_sampled(hidden, head, completion_ids, completion_mask, self.temperature)
-        return linear_step_kl(hidden, head, ref_hidden, ref_head, completion_ids, self.temperature, completion_mask)
-    with self.accelerator.autocast(): return model(**step_inputs(*rollouts), from_hidden=from_hidden)
+
+def _aux_loss(
+    model, outputs, attention_mask
+):  # of a mixture of experts, as the model's own forward computes it
+    if getattr(outputs, "router_logits", None) is None:
+        raise InputError(
+            f"`model` ({type(model).__name__}) does not give the logits of its routers, which its "
+            "auxiliary loss needs; set `router_aux_loss_coef=0.0`."
+        )
+    config = model.config.get_text_config()
+    balance = getattr(
+        sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func
+    )
+    experts = getattr(model, "num_experts", None) or config.num_experts
+    return balance(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
+
 
 def _score_sampled(hidden, head, completion_ids, completion_mask, temperature):
     mask, dtype = completion_mask.bool(), torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):  # in float32, as `linear_step_kl`, which scored the rollouts
-        values = ChunkedLogProbFunction.apply(hidden[mask].to(dtype), head.weight, head.bias, completion_ids[mask], temperature,
-                                              min(2**15, len(head.weight)), head.softcap, head.logit_scale, ("entropy",))[:2]
+    with torch.autocast(
+        hidden.device.type, enabled=False
+    ):  # in float32, as `linear_step_kl`, which scored the rollouts
+        values = ChunkedLogProbFunction.apply(
+            hidden[mask].to(dtype),
+            head.weight,
+            head.bias,
+            completion_ids[mask],
+            temperature,
+            min(2**15, len(head.weight)),
+            head.softcap,
+            head.logit_scale,
+            ("entropy",),
+        )[:2]
     logprobs, entropy = (o.new_zeros(mask.shape).masked_scatter(mask, o) for o in values)
     return LinearStepKL(None, logprobs, None, entropy)
 
-@torch.no_grad()
-def _on_reference(self, function, *args):
-    "What `function` says of the reference."
-    if self.ref_model is not None: return function(self.ref_model, *args)
-    policy = self.accelerator.unwrap_model(self.model)
-    with policy.disable_adapter(): return function(policy, *args)
+# %% ../nbs/15_rloo.ipynb #37725ed2
+@dataclass
+class _Scoring:
+    "One call of TRL's that asks for log-probabilities."
 
-RBRLOOTrainer._score, RBRLOOTrainer._on_reference = _score, _on_reference
+    generating: bool  # the rollouts are new: the reference reads them, and no graph is kept
+    ref_hidden: Tensor | None = (
+        None  # of the reference, (B, T, H); known in the loss, found at generation
+    )
+    scores: LinearStepKL | None = None  # step KL, log-probabilities and entropy, (B, T) each
+    aux_loss: Tensor | None = None  # of a mixture of experts
 
-# %% ../nbs/15_rloo.ipynb #85622162
-def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
-                                       compute_entropy=False, compute_aux_loss=False, **forward_kwargs):
-    if given := [name for name, value in forward_kwargs.items() if value is not None]:
-        raise InputError(f"RBRLOOTrainer is for text models; it got {', '.join(given)}.")
-    prompt_length = input_ids.shape[1] - logits_to_keep
-    rollouts = [part for o in (input_ids, attention_mask) for part in (o[:, :prompt_length], o[:, prompt_length:])]
-    rollouts = rollouts[0], rollouts[2], rollouts[1], rollouts[3]
-    if not self._generating: self._scores = self._score(model, rollouts, self._ref_hidden)
-    else: self._scores, self._ref_hidden = self._score_generated(model, rollouts, batch_size)
-    return self._scores.policy_logprobs, self._scores.entropy if compute_entropy else None, None
 
-def _score_generated(self, model, rollouts, batch_size):
-    scores, ref_hidden = [], []
-    for part in zip(*(o.split(batch_size) for o in rollouts)):
-        with self.accelerator.autocast():  # as for the policy: equal weights must give equal hidden states
-            ref_hidden.append(self._on_reference(completion_hidden, *part))  # (B, T, H)
-        scores.append(self._score(model, part, ref_hidden[-1]))
-    return LinearStepKL(*map(torch.cat, zip(*scores))), torch.cat(ref_hidden)
+class RBRLOOTrainer(RLOOTrainer):
+    """`trl.RLOOTrainer` whose KL penalty is an unbiased, differentiable estimate in the loss.
 
-RBRLOOTrainer._get_per_token_logps_and_entropies = _get_per_token_logps_and_entropies
-RBRLOOTrainer._score_generated, RBRLOOTrainer._generating = _score_generated, False
+    Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every
+    generation batch. Raises `ValueError` for settings and models with which what is sampled would
+    not be what is scored.
+    """
 
-# %% ../nbs/15_rloo.ipynb #2d1d498e
-def _generate_and_score_completions(self, inputs):
-    self._generating = True
-    try: output = RLOOTrainer._generate_and_score_completions(self, inputs)
-    finally: self._generating = False
-    mode = "train" if self.model.training else "eval"
-    group = self.num_generations if mode == "train" else self.num_generations_eval
-    mask, scores, ref_hidden = output["completion_mask"], self._scores, self._ref_hidden
-    self._scores = self._ref_hidden = None
-    for name in ("policy_logprobs", "ref_logprobs", "step_kl"):
-        if (bad := ~getattr(scores, name).isfinite()).any():
-            raise NotFiniteError(f"`{name}` is {getattr(scores, name)[bad][0]} at update {self.state.global_step + 1}; the metrics "
-                                     "before it are kept. Lower the learning rate, or take a reference that excludes no token.")
-    prompt_index = torch.arange(len(mask), device=mask.device) // group
-    baseline = (kl_baseline(self.kl_estimator, scores.policy_logprobs, scores.ref_logprobs, mask, scores.step_kl, prompt_index)
-                if group > 1 else torch.zeros_like(scores.step_kl))
-    output |= dict(kl_baseline=baseline, old_per_token_logps=scores.policy_logprobs, ref_per_token_logps=scores.ref_logprobs)
-    if self.exact_loss: output["ref_hidden"] = ref_hidden
-    for name, value in (("kl_sequence_rb", scores.step_kl), ("kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs)):
-        per_sequence = value.masked_fill(mask == 0, 0.).sum(1)
-        self._metrics[mode][name].append(self.accelerator.gather(per_sequence).mean().item())
-    return output
+    def __init__(
+        self,
+        model: PreTrainedModel,  # policy, trained in place; may be a PEFT model
+        ref_model: PreTrainedModel | None,  # frozen; None: the PEFT policy without adapters
+        reward_funcs: Callable | list[Callable],  # (completions, prompts, **kwargs) to floats
+        args: RBRLOOConfig,  # `args.beta` weighs the KL
+        train_dataset: Dataset,  # column `prompt`
+        processing_class: PreTrainedTokenizerBase,  # tokenizer of both models
+        **kwargs,  # passed on to `trl.RLOOTrainer`, for instance `peft_config`
+    ):
+        _check_models(model, ref_model, kwargs.get("peft_config"), args)
+        _check_data(train_dataset, processing_class, kwargs)
+        switch = _check_scoring(model, ref_model)
+        base_args = copy.copy(args)
+        base_args.beta = 0.0  # TRL's reward then carries no KL, and TRL reloads no reference
+        base_args.sync_ref_model = False  # of a reference that TRL does not know
+        self._scoring = None
+        super().__init__(
+            model,
+            reward_funcs,
+            args=base_args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.args.beta = self.kl_beta = args.beta
+        self.args.sync_ref_model = args.sync_ref_model
+        self.kl_estimator = args.kl_estimator
+        self.exact_loss = args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
+        self.off_policy = (
+            args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
+        )
+        self._take_models(ref_model, switch)
+        self.add_callback(_ResumeOrder(self))
+        if args.mask_truncated_completions and args.beta > 0:
+            warnings.warn(
+                "`mask_truncated_completions` leaves the KL of completions that were cut out of "
+                "the penalty, whose gradient is then biased; raise `max_completion_length`."
+            )
 
-RBRLOOTrainer._generate_and_score_completions = _generate_and_score_completions
+    def _take_models(self, ref_model, switch):
+        _check_switch(
+            switch,
+            lambda: self._tokenize_prompts(list(self.train_dataset["prompt"]))[0],
+            self.max_completion_length,
+        )
+        if is_peft_model(self.model):
+            (check_adapters if ref_model is None else check_active)(self.model)
+        if ref_model is not None:
+            _check_apart(self.model, ref_model)
+            self.ref_model = self.accelerator.prepare_model(
+                ref_model.requires_grad_(False).eval(), evaluation_mode=True
+            )
+            if self.args.sync_ref_model:
+                self.add_callback(SyncRefModelCallback(self.ref_model, self.accelerator))
+        for model in (self.model, ref_model):
+            if model is not None:
+                with evaluating(model):
+                    check_lm_head(model)
+        _check_noise(
+            self.model, bool(self.args.gradient_checkpointing or self.args.activation_checkpointing)
+        )
+        _add_hidden_forward(causal_lm(self.model))
 
-# %% ../nbs/15_rloo.ipynb #5fa68b84
-def _compute_loss(self, model, inputs):
-    self._ref_hidden = inputs.get("ref_hidden")
-    loss = RLOOTrainer._compute_loss(self, model, inputs)
-    scores, self._scores, self._ref_hidden = self._scores, None, None  # with their graph, from the forward pass of the line above
-    if self.kl_beta == 0: return loss
-    penalty = kl_surrogate(
-        self.kl_estimator, scores.policy_logprobs, inputs["ref_per_token_logps"], inputs["completion_mask"], step_kl=scores.step_kl,
-        old_logprobs=inputs["old_per_token_logps"] if self.off_policy else None, baseline=inputs["kl_baseline"])
-    return loss + self.kl_beta * penalty
+    @contextmanager
+    def _open_scoring(self, generating: bool, ref_hidden: Tensor | None = None):
+        self._scoring = _Scoring(generating, ref_hidden)
+        try:
+            yield self._scoring
+        finally:
+            self._scoring = None
 
-RBRLOOTrainer._compute_loss = _compute_loss
+    def _generate_single_turn(self, *args):
+        settings = self.generation_config
+        if biased := _biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
+            raise InputError(
+                f"`generation_config` of the trainer sets `{biased[0]}` to {biased[1]!r}: "
+                f"{_SAMPLED}, and the gradient would be biased."
+            )
+        _without_noise(self.model)
+        with _own_distribution(self.accelerator.unwrap_model(self.model), settings):
+            return super()._generate_single_turn(*args)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **forward_kwargs,
+    ):
+        if given := [name for name, value in forward_kwargs.items() if value is not None]:
+            raise InputError(f"RBRLOOTrainer is for text models; it got {', '.join(given)}.")
+        prompt_length, scoring = input_ids.shape[1] - logits_to_keep, self._scoring
+        prompts, completions = zip(
+            *((o[:, :prompt_length], o[:, prompt_length:]) for o in (input_ids, attention_mask))
+        )
+        rollouts = *prompts, *completions
+        if scoring.generating:
+            scoring.scores, scoring.ref_hidden = self._score_generated(model, rollouts, batch_size)
+        else:
+            scoring.scores = self._score(model, rollouts, scoring.ref_hidden, compute_aux_loss)
+        return (
+            scoring.scores.policy_logprobs,
+            scoring.scores.entropy if compute_entropy else None,
+            scoring.aux_loss,
+        )
+
+    def _score_generated(self, model, rollouts, batch_size):
+        "Scores of new rollouts, in parts, and the hidden states of the reference, (B, T, H)."
+        scores, ref_hidden = [], []
+        for part in zip(*(o.split(batch_size) for o in rollouts)):
+            with (
+                self.accelerator.autocast()
+            ):  # as for the policy: equal weights must give equal hidden states
+                ref_hidden.append(self._on_reference(completion_hidden, *part))
+            scores.append(self._score(model, part, ref_hidden[-1]))
+        return LinearStepKL(*map(torch.cat, zip(*scores))), torch.cat(ref_hidden)
+
+    def _score(
+        self, model, rollouts, ref_hidden, compute_aux_loss=False
+    ):  # prompt ids, mask, completion ids, mask
+        "Step KL, log-probabilities and entropy from one forward through `model`, (B, T) each."
+        length, completion_ids, completion_mask = rollouts[0].shape[1], *rollouts[2:]
+        ref_head = None if ref_hidden is None else self._on_reference(lm_head)
+        inputs = step_inputs(*rollouts)
+        if (
+            compute_aux_loss
+        ):  # one column more, so that the routers read the last token too, as in TRL
+            inputs = step_inputs(*rollouts[:2], *(pad(o, (0, 1)) for o in rollouts[2:]))
+            inputs["output_router_logits"] = True
+
+        def from_hidden(language_model, outputs):
+            hidden = outputs.last_hidden_state[
+                :, length - 1 : length - 1 + completion_ids.shape[1]
+            ]  # (B, T, H)
+            head = lm_head(language_model)
+            aux_loss = (
+                _aux_loss(language_model, outputs, inputs["attention_mask"])
+                if compute_aux_loss
+                else None
+            )
+            if ref_hidden is None:
+                return _score_sampled(
+                    hidden, head, completion_ids, completion_mask, self.temperature
+                ), aux_loss
+            return linear_step_kl(
+                hidden,
+                head,
+                ref_hidden,
+                ref_head,
+                completion_ids,
+                self.temperature,
+                completion_mask,
+            ), aux_loss
+
+        _without_noise(self.model)
+        with self.accelerator.autocast():
+            scores, aux_loss = model(**inputs, from_hidden=from_hidden)
+        if self._scoring is not None:
+            self._scoring.aux_loss = aux_loss
+        return scores
+
+    @torch.no_grad()
+    def _on_reference(self, function, *args):
+        "What `function` says of the reference."
+        if self.ref_model is not None:
+            return function(self.ref_model, *args)
+        policy = self.accelerator.unwrap_model(self.model)
+        with policy.disable_adapter():
+            return function(policy, *args)
+
+    def _generate_and_score_completions(self, inputs):
+        with self._open_scoring(generating=True) as scoring:
+            output = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        group = self.num_generations if mode == "train" else self.num_generations_eval
+        mask, scores = output["completion_mask"], scoring.scores
+        self._check_finite(scores)
+        prompt_index = torch.arange(len(mask), device=mask.device) // group
+        baseline = torch.zeros_like(scores.step_kl)
+        if group > 1 and mask.any():
+            baseline = kl_baseline(
+                self.kl_estimator,
+                scores.policy_logprobs,
+                scores.ref_logprobs,
+                mask,
+                scores.step_kl,
+                prompt_index,
+            )
+        output |= dict(
+            kl_baseline=baseline,
+            old_per_token_logps=scores.policy_logprobs,
+            ref_per_token_logps=scores.ref_logprobs,
+        )
+        if self.exact_loss:
+            output["ref_hidden"] = scoring.ref_hidden
+        self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
+        return output
+
+    def _check_finite(self, scores):
+        for name in ("policy_logprobs", "ref_logprobs", "step_kl"):
+            values = getattr(scores, name)
+            if (bad := ~values.isfinite()).any():
+                raise NotFiniteError(
+                    f"`{name}` is {values[bad][0]} at update {self.state.global_step + 1}; the "
+                    "metrics before it are kept. Lower the learning rate, or take a reference that "
+                    "excludes no token."
+                )
+
+    def _log_kl(
+        self, mode, name, per_step, mask
+    ):  # nothing when all completions of the batch are masked
+        per_sequence = self.accelerator.gather(per_step.masked_fill(mask == 0, 0.0).sum(1))
+        kept = self.accelerator.gather(mask.any(1))
+        if kept.any():
+            self._metrics[mode][name].append(per_sequence[kept].mean().item())
+
+    def _compute_loss(self, model, inputs):
+        with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
+            loss = super()._compute_loss(model, inputs)
+        if self.kl_beta == 0 or not inputs["completion_mask"].any():
+            return loss
+        scores = scoring.scores  # with their graph
+        penalty = kl_surrogate(
+            self.kl_estimator,
+            scores.policy_logprobs,
+            inputs["ref_per_token_logps"],
+            inputs["completion_mask"],
+            step_kl=scores.step_kl,
+            old_logprobs=inputs["old_per_token_logps"] if self.off_policy else None,
+            baseline=inputs["kl_baseline"],
+        )
+        return loss + self.kl_beta * penalty
+
+    def _get_train_sampler(self, dataset=None):
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
 
 # %% ../nbs/15_rloo.ipynb #d39ffbfc
-def _get_train_sampler(self, dataset=None):
-    self._sampler = RLOOTrainer._get_train_sampler(self, dataset)
-    return self._sampler
-
 class _ResumeOrder(TrainerCallback):
-    def __init__(self, trainer): self.trainer = trainer
+    def __init__(self, trainer):
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         every = args.num_iterations * args.steps_per_generation
         if state.global_step * args.gradient_accumulation_steps % every:
-            raise InputError(f"the checkpoint is from update {state.global_step}, in the middle of a generation batch; save at multiples "
-                             f"of {math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps} updates.")
-        for _ in range(int(state.epoch or 0)): next(iter(self.trainer._sampler))  # draws one epoch's order
-
-RBRLOOTrainer._get_train_sampler = _get_train_sampler
+            updates = (
+                math.lcm(every, args.gradient_accumulation_steps)
+                // args.gradient_accumulation_steps
+            )
+            raise InputError(
+                f"the checkpoint is from update {state.global_step}, in the middle of a generation "
+                f"batch; save at multiples of {updates} updates."
+            )
+        if args.sync_ref_model and state.global_step >= args.ref_model_sync_steps:
+            raise InputError(
+                f"the checkpoint is from update {state.global_step}, and no checkpoint has the "
+                "reference that `sync_ref_model` has changed since; start the run anew."
+            )
+        for _ in range(int(state.epoch or 0)):
+            next(iter(self.trainer._sampler))  # draws one epoch's order
 
 # %% ../nbs/15_rloo.ipynb #67aaa32e
 def _batch_per_process(profile: Profile) -> int:
@@ -257,37 +819,57 @@ def rloo_config(
     return config
 
 # %% ../nbs/15_rloo.ipynb #92d39b1b
-_LOGGED = {"reward": ("reward", "log-odds"), "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
-           "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"), "entropy": ("entropy", "nats/token"),
-           "clip_ratio/region_mean": ("clip_ratio", "share"), "grad_norm": ("grad_norm", "1"),
-           "completions/mean_length": ("completion_length", "tokens"), "loss": ("loss", "1")}
+_LOGGED = {  # name in TRL's log -> name and unit in the CSV
+    "reward": ("reward", "log-odds"),
+    "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
+    "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"),
+    "entropy": ("entropy", "nats/token"),
+    "clip_ratio/region_mean": ("clip_ratio", "share"),
+    "grad_norm": ("grad_norm", "1"),
+    "completions/mean_length": ("completion_length", "tokens"),
+    "loss": ("loss", "1"),
+}
+
 
 class MetricsCSV(TrainerCallback):
-    """Appends every logged update to a CSV file with the columns of `tags` and step, metric, value, unit."""
+    """Appends every update to a CSV file: the columns of `tags`, step, metric, value, unit."""
 
     def __init__(self, path: str | Path, beta: float, **tags):
         self.path, self.beta, self.tags, self.last = Path(path), beta, dict(tags, beta=beta), None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.last = time.perf_counter()
-        if not state.is_world_process_zero: return
+        if not state.is_world_process_zero:
+            return
         header, kept = [*self.tags, "step", "metric", "value", "unit"], []
         if state.global_step:  # resumed: keep what the checkpoint knows of
-            with self.path.open(newline="") as file: rows = [row for row in csv.reader(file) if len(row) == len(header)]
+            with self.path.open(newline="") as file:
+                rows = [row for row in csv.reader(file) if len(row) == len(header)]
             kept = [row for row in rows if row[-4].isdigit() and int(row[-4]) <= state.global_step]
         part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="") as file: csv.writer(file).writerows([header, *kept])
+        with part.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *kept])
         os.replace(part, self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not state.is_world_process_zero: return
-        now, logs = time.perf_counter(), {key: math.nan if value is None else value for key, value in logs.items()}  # TRL: None for NaN
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        now = time.perf_counter()
+        logs = {
+            key: math.nan if value is None else value for key, value in logs.items()
+        }  # TRL: None for NaN
         rows = [(name, logs[key], unit) for key, (name, unit) in _LOGGED.items() if key in logs]
-        if "reward" in logs: rows.append(("objective", logs["reward"] - self.beta * logs["kl_sequence_rb"], "log-odds"))
+        if "reward" in logs and "kl_sequence_rb" in logs:
+            rows.append(
+                ("objective", logs["reward"] - self.beta * logs["kl_sequence_rb"], "log-odds")
+            )
         rows.append(("seconds", now - self.last, "s"))
         self.last = now
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows([*self.tags.values(), state.global_step, name, f"{value:.6g}", unit] for name, value, unit in rows)
+            csv.writer(file).writerows(
+                [*self.tags.values(), state.global_step, name, f"{value:.6g}", unit]
+                for name, value, unit in rows
+            )
 
 # %% ../nbs/15_rloo.ipynb #1a11adda
 def _run_hash(config, policy, reference, prompts, tags) -> str:
@@ -326,40 +908,101 @@ class _Checkpoints(TrainerCallback):
         _newest_checkpoint(args.output_dir, self.run)
 
 # %% ../nbs/15_rloo.ipynb #dbdf1ab7
+def _sample_ended(
+    policy, tokenizer, prompts, profile
+) -> Rollouts:  # `sample_rollouts` with the trainer's end tokens
+    own = policy.generation_config.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    ends = ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
+    length, repeats = profile.max_completion_length, profile.eval_completions
+    check_context(policy, tokenizer, prompts, length)
+    rows = [prompt for prompt in prompts for _ in range(repeats)]
+    batch = tokenizer(rows, return_tensors="pt", padding=True).to(policy.device)
+    ids, mask = sample_completions(
+        policy,
+        batch.input_ids,
+        batch.attention_mask,
+        length,
+        profile.temperature,
+        ends,
+        tokenizer.pad_token_id,
+    )
+    kept = [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
+    return Rollouts(
+        batch.input_ids,
+        batch.attention_mask,
+        ids,
+        mask,
+        rows,
+        tokenizer.batch_decode(kept, skip_special_tokens=True),
+        torch.arange(len(prompts), device=policy.device).repeat_interleave(repeats),
+    )
+
+
 @torch.no_grad()
 def evaluate_policy(
-    policy: PreTrainedModel, # to judge
-    reference: PreTrainedModel, # KL is measured to it
-    tokenizer: PreTrainedTokenizerBase, # of both
-    prompts: Dataset, # columns `prompt` and `label`
-    reward: Callable, # (completions, prompts) to list of floats
-    profile: Profile, # completions per prompt, lengths, temperature
-    seed: int = 0, # of the sampling
-    batch_size: int = 256, # rollouts per forward pass; bounds the memory
-    judge: Callable | None = None, # a second reward that was not trained against; None: no column `judge`
-) -> pd.DataFrame: # one row per rollout: prompt_index, label, reward, judge, kl_rb, kl_mc, ref_logprob, length, prompt, completion
-    "Reward, KL(policy || reference) and log-probability under the reference, in nats per sequence, of fresh rollouts."
-    policy.eval()
+    policy: PreTrainedModel,  # to judge
+    reference: PreTrainedModel,  # KL is measured to it
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of both models
+    prompts: Dataset,  # columns `prompt` and `label`
+    reward: Callable,  # (completions, prompts) to list of floats
+    profile: Profile,  # completions per prompt, lengths, temperature
+    seed: int = 0,  # seed of the completion sampler
+    batch_size: int = 256,  # rollouts per forward pass; bounds the memory
+    judge: Callable | None = None,  # a second reward, not trained against; None: no such column
+) -> pd.DataFrame:  # a row per rollout, see below
+    """Fresh rollouts with reward, KL(policy || reference) and log-probability under the reference.
+
+    Columns: prompt_index, label, reward, judge, length (tokens), prompt, completion; kl_rb,
+    kl_mc and ref_logprob in nats per sequence.
+    """
     per_batch, frames = max(1, batch_size // profile.eval_completions), []
     gpus = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), torch.compiler.set_stance("force_eager"):  # few batches do not repay a compilation
+    eager = torch.compiler.set_stance("force_eager")  # few batches do not repay a compilation
+    with evaluating(policy), evaluating(reference), torch.random.fork_rng(devices=gpus), eager:
         torch.manual_seed(seed)
         for start in range(0, len(prompts), per_batch):
-            part = prompts[start:start + per_batch]
-            r = sample_rollouts(policy, tokenizer, part["prompt"], profile.eval_completions, profile.max_completion_length,
-                                profile.temperature)
-            fields = r.prompt_ids, r.prompt_mask, r.completion_ids, r.completion_mask
-            policy_hidden, ref_hidden = (completion_hidden(m, *fields) for m in (policy, reference))  # (B, T, H)
-            scores = linear_step_kl(policy_hidden, lm_head(policy), ref_hidden, lm_head(reference), r.completion_ids,
-                                    profile.temperature, r.completion_mask)
-            total = lambda x: x.masked_fill(r.completion_mask == 0, 0.).sum(1).tolist()
+            part = prompts[start : start + per_batch]
+            r = _sample_ended(policy, tokenizer, part["prompt"], profile)
+            rollouts = r.prompt_ids, r.prompt_mask, r.completion_ids, r.completion_mask
+            policy_hidden, ref_hidden = (
+                completion_hidden(m, *rollouts) for m in (policy, reference)
+            )  # (B, T, H)
+            scores = linear_step_kl(
+                policy_hidden,
+                lm_head(policy),
+                ref_hidden,
+                lm_head(reference),
+                r.completion_ids,
+                profile.temperature,
+                r.completion_mask,
+            )
+            log_ratio = scores.policy_logprobs - scores.ref_logprobs
+            kl_rb, kl_mc, ref_logprob = (
+                value.masked_fill(r.completion_mask == 0, 0.0).sum(1).tolist()
+                for value in (scores.step_kl, log_ratio, scores.ref_logprobs)
+            )
+            rewards = {
+                name: function(completions=r.completions, prompts=r.prompts)
+                for name, function in (("reward", reward), ("judge", judge))
+                if function
+            }
             index = r.prompt_index.tolist()
-            scored = {name: f(completions=r.completions, prompts=r.prompts) for name, f in (("reward", reward), ("judge", judge)) if f}
-            frames.append(pd.DataFrame(dict(
-                prompt_index=[start + i for i in index], label=[part["label"][i] for i in index], **scored,
-                kl_rb=total(scores.step_kl), kl_mc=total(scores.policy_logprobs - scores.ref_logprobs),
-                ref_logprob=total(scores.ref_logprobs), length=r.completion_mask.sum(1).tolist(),
-                prompt=r.prompts, completion=r.completions)))
+            frames.append(
+                pd.DataFrame(
+                    dict(
+                        prompt_index=[start + i for i in index],
+                        label=[part["label"][i] for i in index],
+                        **rewards,
+                        kl_rb=kl_rb,
+                        kl_mc=kl_mc,
+                        ref_logprob=ref_logprob,
+                        length=r.completion_mask.sum(1).tolist(),
+                        prompt=r.prompts,
+                        completion=r.completions,
+                    )
+                )
+            )
     return pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/15_rloo.ipynb #bbf57d3f

@@ -18,12 +18,14 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from .errors import InputError, OutOfMemoryError
 from .models import completion_logits, sample_completions, token_logprobs
+from .selfcheck import check_lengths, check_scoring, known_scoring
 from .sources import Side
 from .steps import COMPILE_FROM, DIVERGENCES, k3, step_divergence
 
 # %% auto #0
 __all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'SHOWN', 'common_width', 'own_end_tokens', 'end_tokens', 'resolve_divergence',
-           'check_integer', 'memory_errors', 'Scores', 'pad_left', 'score_completions', 'RolloutStream', 'draw']
+           'check_integer', 'check_ids', 'memory_errors', 'Scores', 'pad_left', 'score_completions', 'RolloutStream',
+           'draw']
 
 # %% ../nbs/08_scoring.ipynb #1e8387e9
 def common_width(first: Side, second: Side) -> int: # V
@@ -66,6 +68,20 @@ def check_integer(
     "Raise `ValueError` unless `value` is an integer of at least `least`."
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise InputError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
+
+# %% ../nbs/08_scoring.ipynb #c1d20a77
+def check_ids(
+    side: Side, # whose model will read them
+    rows: list[list[int]], # token ids, of prompts or documents
+    what: str = "prompt", # one row, for the message
+) -> None:
+    "Raise `ValueError` unless the side's model reads and gives every id."
+    known = min(len(side.model.get_input_embeddings().weight), side.model.config.get_text_config().vocab_size)
+    for number, row in enumerate(rows, 1):
+        if not row or (0 <= min(row) and max(row) < known): continue
+        wrong = next(o for o in row if not 0 <= o < known)
+        raise InputError(f"{what} {number} has the token id {wrong:,}, but {side.name!r} knows ids from 0 to {known - 1:,}; "
+                         "tokenizer and model do not belong together, or the ids are another model's.")
 
 # %% ../nbs/08_scoring.ipynb #7aeebb72
 class _Checked(LogitsProcessor):
@@ -114,6 +130,31 @@ def _step_values(divergence: str, p: Tensor, q: Tensor, alpha: float) -> Tensor:
     rows = [o.reshape(-1, o.shape[-1]).split(max(1, (COMPILE_FROM - 1)//o.shape[-1])) for o in (p, q)]
     return torch.cat([step_divergence(divergence, *pair, alpha) for pair in zip(*rows)]).view(p.shape[:-1])
 
+# %% ../nbs/08_scoring.ipynb #a04be7f5
+def _groups(keys: list[int]) -> list[list[int]]: # row numbers
+    "Rows of one key together, in order."
+    found: dict[int, list[int]] = {}
+    for row, key in enumerate(keys): found.setdefault(key, []).append(row)
+    return list(found.values())
+
+def _side_logits(
+    side: Side, prompts: list[list[int]], ids: Tensor, mask: Tensor, temperature: float, width: int,
+) -> Tensor: # (B, T, V), on the device of the model
+    "One side's logits at every step, rows together only where the model bears it."
+    lengths = [len(row) + int(n) for row, n in zip(prompts, mask.sum(1))]
+    with side.active() as model:
+        check = known_scoring(model)
+        keys = [check.group(len(p) if check.equal_lengths else n - 1) for p, n in zip(prompts, lengths)]
+        found = None
+        for rows in _groups(keys):
+            T = int(mask[rows].sum(1).max())  # a longer row of another group must not lengthen these
+            padded = pad_left([prompts[i] for i in rows], side.pad_id, model.device)
+            part = ids[rows, :T].to(model.device), mask[rows, :T].to(model.device)
+            logits = completion_logits(model, *padded, *part, temperature, check.bare)[..., :width]
+            if found is None: found = logits.new_zeros(len(ids), ids.shape[1], logits.shape[-1])
+            found[rows, :T] = logits
+    return found
+
 # %% ../nbs/08_scoring.ipynb #63a2c29c
 @torch.no_grad()
 def score_completions(
@@ -134,9 +175,8 @@ def score_completions(
     for rows in torch.arange(len(completion_ids)).split(max(1, LOGITS_AT_ONCE//(completion_ids.shape[1]*width))):
         began, logits = perf_counter(), []
         for side, ids, temperature in zip(sides, prompts, temperatures):
-            with side.active() as model:
-                inputs = *pad_left([ids[i] for i in rows], side.pad_id, model.device), completion_ids[rows].to(model.device), completion_mask[rows].to(model.device)
-                logits.append(completion_logits(model, *inputs, temperature)[..., :width])
+            given = [ids[i] for i in rows]
+            logits.append(_side_logits(side, given, completion_ids[rows], completion_mask[rows], temperature, width))
         scored = perf_counter()
         place = "cpu" if logits[0].device.type == "mps" else logits[0].device  # MPS has no float64
         p, q = (o.to(place).float() for o in logits)  # (rows, T, V)
@@ -171,6 +211,10 @@ class RolloutStream:
     last_tokens: list[tuple] = field(default_factory=list) # token ids and step divergences of the last batch
 
     def __post_init__(self):
+        for side, role, rows in zip(self.sides, self.roles, self.prompts):
+            check_ids(side, rows)
+            with side.active() as model:
+                check_lengths(check_scoring(model), rows, self.max_new_tokens, role)
         self.width = common_width(*self.sides)
         self.ends = end_tokens(*self.sides) if self.ends is None else self.ends
         longest = max(len(row) for side in self.prompts for row in side) + self.max_new_tokens
@@ -203,6 +247,22 @@ def draw(
         if stream.after_batch: stream.after_batch(stream, rows)
     return stream.frame
 
+def _sample(stream: RolloutStream, model, prompts: list, complain: Callable) -> tuple[Tensor, Tensor]: # (B, T) each
+    "Completions and their mask, rows together only where the model bears it."
+    pad, check = stream.sides[0].pad_id, known_scoring(model)
+    parts = []
+    for rows in _groups([check.group(len(o)) for o in prompts]):
+        def complain_of(row, step, rows=rows): complain(rows[row], step)
+        padded = pad_left([prompts[i] for i in rows], pad, model.device)
+        checked = LogitsProcessorList([_Checked(stream.width, complain_of)])
+        parts.append((rows, *sample_completions(model, *padded, stream.max_new_tokens, stream.temperatures[0],
+                                                stream.ends, pad, checked, check.bare)))
+    longest = max(ids.shape[1] for _, ids, _ in parts)
+    found = torch.full((2, len(prompts), longest), pad, device=model.device)
+    found[1] = 0
+    for rows, *values in parts: found[:, rows, :values[0].shape[1]] = torch.stack(values)
+    return found[0], found[1]
+
 def _one_batch(stream: RolloutStream, which: np.ndarray, done: int) -> pd.DataFrame:
     sampled, tokenizer = stream.sides[0], stream.sides[0].tokenizer
     prompts = tuple([ids[i] for i in which] for ids in stream.prompts)
@@ -211,9 +271,7 @@ def _one_batch(stream: RolloutStream, which: np.ndarray, done: int) -> pd.DataFr
     seed = np.random.SeedSequence([stream.seed, stream.roles[0] == "reference", done]).generate_state(1)[0]
     with torch.random.fork_rng(), sampled.active() as model:
         torch.manual_seed(int(seed))
-        ids, mask = sample_completions(model, *pad_left(prompts[0], sampled.pad_id, model.device), stream.max_new_tokens,
-                                       stream.temperatures[0], stream.ends, sampled.pad_id,
-                                       LogitsProcessorList([_Checked(stream.width, complain)]))
+        ids, mask = _sample(stream, model, prompts[0], complain)
     stream.seconds["generation"] += perf_counter() - began
     scores = score_completions(stream.sides, prompts, ids, mask, stream.width, stream.temperatures, stream.divergence, stream.alpha, stream.seconds)
     for role, values in zip(stream.roles, (scores.first_logprobs, scores.second_logprobs)):

@@ -24,7 +24,8 @@ from . import __version__
 from .adapters import attach_adapter, check_active, check_adapters, one_line, split_name
 from .errors import InputError, InputTypeError
 from .gguf_files import load_gguf
-from .models import check_same_tokenizer, load_model, load_tokenizer
+from .models import check_same_tokenizer, context_length, load_model, load_tokenizer
+from .selfcheck import check_scoring
 
 # %% auto #0
 __all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe']
@@ -72,7 +73,7 @@ class Side:
     @property
     def context(self) -> int|None: # positions; None: no limit is known
         "How many tokens the model can read."
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return context_length(self.model.config)
 
 # %% ../nbs/07_sources.ipynb #15416958
 DTYPES = ("float32", "bfloat16", "float16")
@@ -161,6 +162,9 @@ def load_pair(
     _join(ours, theirs)
     if ours.tokenizer is not theirs.tokenizer:
         check_same_tokenizer(ours.tokenizer, theirs.tokenizer, special=False)  # klrb.prompts: ends, beginnings
+    for side in (ours, theirs):
+        with side.active() as model:
+            check_scoring(model)
     return ours, theirs
 
 # %% ../nbs/07_sources.ipynb #d9ddceac

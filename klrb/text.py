@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .errors import InputError, InputTypeError
 from .prompts import as_found, check_arguments, check_row, check_unused_tokenizer, quiet_loading, read_rows
 from .report import Saver, finish_saving, heatmap_html, note_lines, plain
-from .scoring import check_integer, common_width, memory_errors, resolve_divergence, score_completions
+from .scoring import check_ids, check_integer, common_width, memory_errors, resolve_divergence, score_completions
 from .sequential import cluster_interval
 from .sources import Side, describe, load_pair
 
@@ -236,6 +236,7 @@ def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, h
     width = common_width(*sides)
     _check_ids(documents, width)
     windows = _windows(documents, sides[0].tokenizer, s["window"])
+    for side in sides: check_ids(side, [start + ids for *_, start, ids in windows], "window")
     if not windows: raise InputError("`text` has no tokens to score; give a longer text.")
     about = dict(settings=s, notes=_text_notes(documents, tuple(o.tokenizer for o in sides)), **describe(sides))
     saver = None if save is None else Saver(save, about, "tokens")

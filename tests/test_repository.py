@@ -163,7 +163,8 @@ def test_parameter_check_finds_problems(tmp_path, tag, text, problem):
 LIBRARY = {"exact": set(), "errors": set(), "adapters": {"errors"}, "gguf_files": {"errors"}, "steps": set(), "estimators": {"steps"}, "gradients": {"steps"}, "fused": {"steps"}}  # what each may import
 STUDY = {"study", "figures"}
 # The tool on top: it may use the library, the models, the figures and atomic writes, and nothing but the command line uses it
-PARTS = {"sequential": set(), "prompts": {"sources"}, "sources": {"models"}, "scoring": {"models", "sources"},
+PARTS = {"sequential": set(), "prompts": {"sources"}, "sources": {"models", "selfcheck"},
+         "scoring": {"models", "selfcheck", "sources"},
          "text": {"prompts", "report", "scoring", "sequential", "sources"},
          "report": {"figures", "runs", "sequential"}}
 TOOL = PARTS | {"measure": set(PARTS)}
