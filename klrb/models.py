@@ -32,7 +32,7 @@ from .profiles import packaged_file, split_revision
 # %% auto #0
 __all__ = ['POCKET', 'POSITION_FIELDS', 'FROM_PADDING', 'pocket_training', 'pocket_folder', 'cached_model', 'load_tokenizer',
            'load_model', 'check_same_tokenizer', 'context_length', 'check_context', 'Rollouts', 'sample_completions',
-           'sample_rollouts', 'check_lm_head', 'completion_logits', 'token_logprobs', 'lm_head', 'completion_hidden']
+           'sample_rollouts', 'completion_logits', 'token_logprobs', 'lm_head', 'check_lm_head', 'completion_hidden']
 
 # %% ../nbs/12_models.ipynb #af8d3452
 POCKET = Path(__file__).parent/"assets"/"pocket" if "__file__" in globals() else Path("../klrb/assets/pocket")
@@ -262,22 +262,10 @@ def sample_rollouts(
                     tokenizer.batch_decode(kept, skip_special_tokens=True),
                     torch.arange(len(prompts), device=policy.device).repeat_interleave(num_completions))
 
-# %% ../nbs/12_models.ipynb #51fe38b6
-@torch.no_grad()
-def check_lm_head(
-    model: PreTrainedModel, # policy or reference
-) -> None:
-    "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
-    base, head = causal_lm(model), lm_head(model)
-    ids = torch.arange(4, device=head.weight.device)[None]
-    logits = base(input_ids=ids, use_cache=False).logits  # (1, 4, V)
-    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-    if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
-        ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
-        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
-        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
-    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
-                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
+# %% ../nbs/12_models.ipynb #a875a350
+def causal_lm(model: PreTrainedModel) -> PreTrainedModel: # the language model itself; a PEFT model's layers stay adapted
+    "The causal language model inside a PEFT model, or the model."
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/12_models.ipynb #bdd53792
 def step_inputs(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> dict[str, Tensor]:
@@ -341,10 +329,22 @@ def lm_head(
     return LMHead(head.weight, getattr(head, "bias", None), scale if scale is not None else 1 / (divisor or 1.),
                   getattr(config, "final_logit_softcapping", None))  # Gemma 2
 
-# %% ../nbs/12_models.ipynb #a875a350
-def causal_lm(model: PreTrainedModel) -> PreTrainedModel: # the language model itself; a PEFT model's layers stay adapted
-    "The causal language model inside a PEFT model, or the model."
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+# %% ../nbs/12_models.ipynb #51fe38b6
+@torch.no_grad()
+def check_lm_head(
+    model: PreTrainedModel, # policy or reference
+) -> None:
+    "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
+    base, head = causal_lm(model), lm_head(model)
+    ids = torch.arange(4, device=head.weight.device)[None]
+    logits = base(input_ids=ids, use_cache=False).logits  # (1, 4, V)
+    hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+    if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
+        ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
+        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
+        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
+    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
+                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
 
 # %% ../nbs/12_models.ipynb #c3dd3cdb
 def completion_hidden(
