@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from klrb.adapters import KINDS, check_adapters, one_line, split_name
 from klrb.errors import InputError
 from klrb.measure import measure_kl
-from klrb.sources import load_pair
+from klrb.compare.sides import load_pair
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402

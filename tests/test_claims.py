@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, papermill, pytest
 from scipy import stats
 
-from klrb.claims import holm, outcome, p_value, verdict
+from klrb.sweeps.claims import holm, outcome, p_value, verdict
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 

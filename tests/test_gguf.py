@@ -13,7 +13,7 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Ge
 from klrb.errors import InputError
 from klrb.gguf_files import load_gguf
 from klrb.measure import measure_kl
-from klrb.sources import load_pair
+from klrb.compare.sides import load_pair
 
 gguf = pytest.importorskip("gguf")
 V = 40

@@ -14,16 +14,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import klrb.scoring
-import klrb.sources
+import klrb.compare.scoring
+import klrb.compare.sides
 from klrb.cli import app
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl
 from klrb.measure import measure_kl
-from klrb.report import estimates, figures, prompt_means
-from klrb.sequential import Tolerance, cluster_interval, next_size, parse_tolerance, sample_until
-from klrb.sources import load_pair
+from klrb.compare.results import estimates, figures, prompt_means
+from klrb.intervals import cluster_interval
+from klrb.compare.stopping import Tolerance, next_size, parse_tolerance, sample_until
+from klrb.compare.sides import load_pair
 from klrb.steps import step_kl
-from klrb.text import measure_text, text_statistics
+from klrb.compare.text import measure_text, text_statistics
 
 WORDS = ["<end>", "a", "b", "c", "d", "e"]  # the end token is also the padding and the beginning
 
@@ -142,7 +143,7 @@ def test_a_tokenizer_with_neither_padding_nor_beginning():
 
 def test_end_tokens_of_the_generation_settings_count(monkeypatch):
     monkeypatch.setattr(POLICY.generation_config, "eos_token_id", [0, 2])
-    assert klrb.scoring.end_tokens(*load_pair(POLICY, REFERENCE, TOKENIZER)) == [0, 2]
+    assert klrb.compare.scoring.end_tokens(*load_pair(POLICY, REFERENCE, TOKENIZER)) == [0, 2]
     found = measure(samples=300).headline.rollouts
     assert found.length.mean() < 2.7
 
@@ -155,9 +156,9 @@ def test_a_run_repeats_with_its_seed_and_not_with_another():
 
 def test_memory_is_bounded_by_batch_tokens(monkeypatch):
     sizes = []
-    inner = klrb.scoring.sample_completions
+    inner = klrb.compare.scoring.sample_completions
     def watched(model, ids, *args): sizes.append(ids.shape); return inner(model, ids, *args)
-    monkeypatch.setattr(klrb.scoring, "sample_completions", watched)
+    monkeypatch.setattr(klrb.compare.scoring, "sample_completions", watched)
     measure(prompts=["a b c", "d"], samples=10, batch_tokens=20)
     assert len(sizes) == 7 and max(rows*(width + 3) for rows, width in sizes) <= 20  # 3 rows of 3 + 3 tokens
 
@@ -249,7 +250,7 @@ def test_coverage_of_the_stopping_rule(monkeypatch):
     ordinary, skewed = strings(0, 3, 4, 1.), strings(2, 2, 5, 2.)
     assert abs(coverage(*ordinary, Tolerance(0.05)) - 0.95) < 0.04
     assert abs(coverage(*skewed, Tolerance(0.1, True)) - 0.95) < 0.04
-    monkeypatch.setattr("klrb.sequential.SKEWNESS_FACTOR", 0)
+    monkeypatch.setattr("klrb.compare.stopping.SKEWNESS_FACTOR", 0)
     assert coverage(*skewed, Tolerance(0.1, True), first=16) < 0.88
 
 
@@ -271,7 +272,7 @@ def test_text_mode_agrees_with_sampling(tmp_path):
 
 def test_bootstrap_over_documents_covers_the_median(monkeypatch):
     "40 documents of a population whose values differ by document; 80 repetitions: at 95 % fewer than 68 hits have a chance of 6e-4."
-    monkeypatch.setattr("klrb.text.RESAMPLES", 200)
+    monkeypatch.setattr("klrb.compare.text.RESAMPLES", 200)
     rng, hits = np.random.default_rng(0), 0
     for _ in range(80):
         level = rng.standard_normal(40).repeat(10)
@@ -291,11 +292,11 @@ def test_one_document_has_no_interval():
 
 def interrupt(monkeypatch, batch):
     "Press Ctrl-C in batch number `batch`."
-    inner, calls = klrb.scoring._one_batch, itertools.count()
+    inner, calls = klrb.compare.scoring._one_batch, itertools.count()
     def interrupted(*args):
         if next(calls) == batch: raise KeyboardInterrupt
         return inner(*args)
-    monkeypatch.setattr(klrb.scoring, "_one_batch", interrupted)
+    monkeypatch.setattr(klrb.compare.scoring, "_one_batch", interrupted)
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
@@ -308,12 +309,12 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
 
 
 def test_a_killed_run_leaves_a_readable_part(tmp_path, monkeypatch):
-    inner, calls = klrb.scoring._one_batch, itertools.count()
+    inner, calls = klrb.compare.scoring._one_batch, itertools.count()
     def killed(*args):
         if next(calls) == 3: raise SystemExit  # as if by a signal: nothing of ours runs after it
         return inner(*args)
-    monkeypatch.setattr(klrb.scoring, "_one_batch", killed)
-    monkeypatch.setattr("klrb.report.FLUSH_SECONDS", 0.)
+    monkeypatch.setattr(klrb.compare.scoring, "_one_batch", killed)
+    monkeypatch.setattr("klrb.compare.results.FLUSH_SECONDS", 0.)
     with pytest.raises(SystemExit): measure(prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path/"out")
     saved = json.loads((tmp_path/"out"/"measurement.json").read_text())
     rows = pd.read_parquet(tmp_path/"out"/"rollouts")
@@ -450,14 +451,14 @@ def test_bad_input_of_the_other_modes(folder, monkeypatch, options, message):
 
 
 def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
-    monkeypatch.setattr(klrb.sources, "find_spec", lambda name: None)
+    monkeypatch.setattr(klrb.compare.sides, "find_spec", lambda name: None)
     check_error(invoke(folder, monkeypatch, "junk.gguf", "good"), "pip install klrb[gguf]")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
 def test_out_of_memory_suggests_the_option(folder, monkeypatch, error):
     def fail(*args): raise error
-    monkeypatch.setattr(klrb.scoring, "sample_completions", fail)
+    monkeypatch.setattr(klrb.compare.scoring, "sample_completions", fail)
     check_error(invoke(folder, monkeypatch, *GOOD), "`batch_tokens` = 4,096; give a smaller one")
 
 

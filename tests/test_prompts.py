@@ -27,13 +27,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import klrb.measure
-import klrb.report
+import klrb.compare.results
 from klrb.cli import app
 from klrb.errors import UserError
 from klrb.measure import measure_kl
-from klrb.prompts import (closing_tokens, encode_prompts, prompt_notes, quiet_loading, read_prompts,
+from klrb.compare.prompts import (closing_tokens, encode_prompts, prompt_notes, quiet_loading, read_prompts,
                           resolve_end_tokens)
-from klrb.text import measure_text, read_documents
+from klrb.compare.text import measure_text, read_documents
 
 WORDS = ["<s>", "</s>", "<|im_end|>", "a", "b", "c", "d", "A"]
 CHAT = "{% for m in messages %}{{ m.role[0] }} {{ m.content }} {% endfor %}b"
@@ -464,7 +464,7 @@ def small(**settings):
 @pytest.mark.parametrize("broken", ["plot_positions", "plot_convergence", "save_figure", "_write_heatmap"])
 def test_a_figure_that_fails_takes_nothing_with_it(broken, monkeypatch, tmp_path):
     def fail(*args): raise RuntimeError("no font")
-    monkeypatch.setattr(klrb.report, broken, fail)
+    monkeypatch.setattr(klrb.compare.results, broken, fail)
     with pytest.warns(UserWarning, match="no font"): found = small(save=tmp_path/"out")
     read = json.loads((tmp_path/"out"/"measurement.json").read_text())
     assert read["status"] == "complete" and read["results"]["reverse"]["estimates"][0]["mean"] == found.kl.mean
@@ -484,9 +484,9 @@ def test_a_full_disk_or_ctrl_c_at_the_end_leaves_the_result(mode, error, monkeyp
 
 def test_displays_take_any_text():
     odd = "[bold]\x1b[31m\x07<b>&\ud800\u202e:smile:\n"
-    shown = klrb.report.heatmap_text(odd, [odd], [0.5]).plain
+    shown = klrb.compare.results.heatmap_text(odd, [odd], [0.5]).plain
     assert "\x1b" not in shown and "\\x1b" in shown and "[bold]" in shown and "\ud800" not in shown
-    page = klrb.report.heatmap_html(odd, [odd], [0.5])
+    page = klrb.compare.results.heatmap_html(odd, [odd], [0.5])
     page.encode()
     assert "<b>&" not in page and "\x1b" not in page
     found = small()
@@ -547,7 +547,7 @@ def test_models_are_given_back_as_they_were(function, ending, monkeypatch):
         seen.append(any(m.training for m in policy.modules()))
         if ending != "right": raise dict(error=RuntimeError, interrupt=KeyboardInterrupt)[ending]
         return inner(*args, **kwargs)
-    module, name = ("klrb.measure", "draw") if function is measure_kl else ("klrb.text", "score_completions")
+    module, name = ("klrb.measure", "draw") if function is measure_kl else ("klrb.compare.text", "score_completions")
     inner = getattr(sys.modules[module], name)
     monkeypatch.setattr(f"{module}.{name}", watched)
     with contextlib.suppress(RuntimeError, KeyboardInterrupt):

@@ -6,7 +6,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from klrb.models import load_model, load_tokenizer
-from klrb.profiles import get_profile
+from klrb.rlhf.profiles import get_profile
 from klrb.rloo import rloo_config, train_rloo
 
 PROMPTS = Dataset.from_dict(dict(prompt=["The film", "I saw this film with", "Never", "It was a bit of a", "This", "A story", "He", "My"]))

@@ -16,7 +16,7 @@ import klrb.selfcheck
 from klrb.measure import measure_kl
 from klrb.models import context_length
 from klrb.selfcheck import check_scoring, rotary_switch
-from klrb.text import measure_text
+from klrb.compare.text import measure_text
 
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.]*4, long_factor=[6.]*4, original_max_position_embeddings=12)
 
@@ -61,7 +61,7 @@ def test_a_folder_of_a_masked_model_or_an_encoder_decoder_is_refused_before_a_to
     whole = BartForConditionalGeneration(BartConfig(**sizes, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
                                             encoder_ffn_dim=48, decoder_ffn_dim=48, decoder_start_token_id=2))
     whole.save_pretrained(tmp_path/"bart")
-    monkeypatch.setattr("klrb.scoring.sample_completions", lambda *o: pytest.fail("a token was sampled"))
+    monkeypatch.setattr("klrb.compare.scoring.sample_completions", lambda *o: pytest.fail("a token was sampled"))
     for name, why in (("bert", "not a causal language model"), ("bart", "lacks 2 weights.*causal language model")):
         tokenizer().save_pretrained(tmp_path/name)
         with pytest.raises(ValueError, match=why):

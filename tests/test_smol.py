@@ -22,9 +22,10 @@ from transformers import BertConfig, BertModel, BertTokenizerFast, LlamaConfig, 
 from klrb import models
 from klrb.models import (POCKET, cached_model, check_context, check_lm_head, completion_logits, load_model, load_tokenizer,
                          sample_rollouts)
-from klrb.notebooks import profile_facts
-from klrb.profiles import PACKAGED, PROFILES, get_profile, packaged_file
-from klrb.reviews import load_reviews, make_prompts, split_reviews
+from klrb.sweeps.notebooks import profile_facts
+from klrb.files import PACKAGED, packaged_file
+from klrb.rlhf.profiles import PROFILES, get_profile
+from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
 from klrb.rloo import evaluate_policy, rloo_config, train_rloo
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]/"nbs"/"experiments"
@@ -236,11 +237,11 @@ def test_prepare_variance_and_an_update(packages, tmp_path, monkeypatch):
 
     def killed(*args, **kwargs): raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr("klrb.dpo.train_dpo", killed)
+        patch.setattr("klrb.rlhf.dpo.train_dpo", killed)
         with pytest.raises(KeyboardInterrupt): run("prepare", out_dir=str(torn))
     assert not (torn/"result.json").exists() and not (torn/"dpo_policy").exists() and (torn/"reference").is_dir()
     with monkeypatch.context() as patch:
-        for part in ("klrb.sft.train_sft", "klrb.reward.train_reward"): patch.setattr(part, killed)
+        for part in ("klrb.rlhf.sft.train_sft", "klrb.rlhf.reward.train_reward"): patch.setattr(part, killed)
         run("prepare", out_dir=str(torn))
     for name in ("evaluation_dpo.csv", "evaluation_reference.csv"): assert (torn/name).read_text() == (whole/name).read_text()
 

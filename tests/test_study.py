@@ -20,11 +20,14 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from klrb import models, notebooks, study
+from klrb import models
+from klrb.sweeps import notebooks
+from klrb.sweeps import study
 from klrb.cli import app
-from klrb.notebooks import execute, make_runs, read_grid, read_template, write_template
-from klrb.runs import digest, read_record
-from klrb.study import Execution, SweepFailed, known_costs, report, retry, share_cores, status, sweep
+from klrb.sweeps.notebooks import execute, make_runs, read_grid, read_template, write_template
+from klrb.files import digest
+from klrb.sweeps.runs import read_record
+from klrb.sweeps.study import Execution, SweepFailed, known_costs, report, retry, share_cores, status, sweep
 
 PARAMETERS = '''seed: int = 0  # of the curve
 beta: float = 0.5  # of the curve

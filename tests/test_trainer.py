@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 import klrb.rloo
 from klrb.models import load_model, load_tokenizer
-from klrb.profiles import get_profile
+from klrb.rlhf.profiles import get_profile
 from klrb.rloo import RBRLOOConfig, RBRLOOTrainer, evaluate_policy
 
 CPU = dict(report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, save_strategy="no")

@@ -11,7 +11,7 @@ from trl import RLOOConfig
 
 from klrb.errors import InputError, InputTypeError
 from klrb.models import load_model, load_tokenizer
-from klrb.profiles import get_profile
+from klrb.rlhf.profiles import get_profile
 from klrb.rloo import _FIXED, _FREE, _FREE_GENERATION, RBRLOOConfig, RBRLOOTrainer, evaluate_policy, train_rloo
 
 # What `GenerationConfig` has besides what cannot change a distribution, each at a value that would change something
