@@ -35,8 +35,10 @@ help:
 	END
 
 test: venv
-	@$(call start,1/4 export and clean in sync)
+	@$(call start,1/4 export and clean in sync; form)
 	$(PY) tests/check_sync.py export --check
+	$(VENV)/bin/ruff check nbs tests
+	$(VENV)/bin/ruff format --check nbs tests
 	$(finish)
 	$(call start,2/4 README.md in sync with nbs/index.ipynb)
 	$(PY) tests/check_sync.py readme --check
