@@ -19,11 +19,12 @@ from torch import Tensor, nn
 class TabularLM(nn.Module):
     "A language model with one row of float64 logits per prefix; strings end at EOS or at `max_length`."
 
-    def __init__(self,
-        vocab_size:int, # number of ordinary tokens; EOS comes on top and has the id `vocab_size`
-        max_length:int, # T, the largest number of steps
-        seed:int=0, # seed of the random logits
-        scale:float=1.0, # standard deviation of the logits; 0 gives the uniform model
+    def __init__(
+        self,
+        vocab_size: int,  # number of ordinary tokens; EOS comes on top and has the id `vocab_size`
+        max_length: int,  # T, the largest number of steps
+        seed: int = 0,  # seed of the random logits
+        scale: float = 1.0,  # standard deviation of the logits; 0 gives the uniform model
     ):
         super().__init__()
         _check_counts(vocab_size=vocab_size, max_length=max_length)
@@ -33,46 +34,58 @@ class TabularLM(nn.Module):
         table = torch.randn(num_prefixes, vocab_size + 1, generator=gen, dtype=torch.float64)
         self.table = nn.Parameter(scale * table)  # (prefixes, V)
 
-    def prefix_rows(self,
-        completion_ids:Tensor, # token ids, (B, T)
-    )->Tensor: # row of `table` that each step is drawn from, (B, T)
+    def prefix_rows(
+        self,
+        completion_ids: Tensor,  # token ids, (B, T)
+    ) -> Tensor:  # row of `table` that each step is drawn from, (B, T)
         "Rows are laid out as a heap: token `v` leads from row `r` to row `r * vocab_size + v + 1`."
-        ids = completion_ids.clamp(0, self.vocab_size - 1)  # what follows EOS is masked: any row will do
+        ids = completion_ids.clamp(
+            0, self.vocab_size - 1
+        )  # what follows EOS is masked: any row will do
         row, rows = torch.zeros_like(ids[:, 0]), []
         for n in range(ids.shape[1]):
             rows.append(row)
             row = row * self.vocab_size + ids[:, n] + 1
         return torch.stack(rows, 1)
 
-    def forward(self,
-        completion_ids:Tensor, # token ids, (B, T)
-    )->Tensor: # logits of every step given the tokens before it, (B, T, V)
+    def forward(
+        self,
+        completion_ids: Tensor,  # token ids, (B, T)
+    ) -> Tensor:  # logits of every step given the tokens before it, (B, T, V)
         "Logits of all steps, as a real language model returns them."
         return self.table[self.prefix_rows(completion_ids)]
 
-    def __repr__(self): return f"TabularLM(vocab_size={self.vocab_size}, max_length={self.max_length}, prefixes={len(self.table)})"
+    def __repr__(self):
+        return f"TabularLM(vocab_size={self.vocab_size}, max_length={self.max_length}, prefixes={len(self.table)})"
+
 
 def _check_counts(**counts):
     for name, value in counts.items():
-        if not isinstance(value, int) or value < 1: raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1.")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` is {value!r}; it must be an integer of at least 1.")
 
 # %% ../nbs/judge/30_tabular.ipynb #eac7cfd6
 @dataclass
 class Rollouts:
     "Rollouts with everything an estimator may ask for; the tensors have the shapes a real model gives."
-    prob: Tensor # probability with which each rollout is drawn, no gradient, (B,)
-    completion_ids: Tensor # token ids, padded with EOS, (B, T)
-    mask: Tensor # 1 up to and including EOS, else 0, (B, T)
-    policy_logits: Tensor # carries the policy's graph, (B, T, V)
-    ref_logits: Tensor # no gradient, (B, T, V)
-    policy_logprobs: Tensor # log-probability of each sampled token, carries the policy's graph, (B, T)
-    ref_logprobs: Tensor # the same under the reference, no gradient, (B, T)
-    old_logprobs: Tensor # the same under the model that drew the rollouts, no gradient, (B, T)
-    prompt_ids: Tensor # which rollouts form one group, (B,)
 
-    def __len__(self): return len(self.prob)
+    prob: Tensor  # probability with which each rollout is drawn, no gradient, (B,)
+    completion_ids: Tensor  # token ids, padded with EOS, (B, T)
+    mask: Tensor  # 1 up to and including EOS, else 0, (B, T)
+    policy_logits: Tensor  # carries the policy's graph, (B, T, V)
+    ref_logits: Tensor  # no gradient, (B, T, V)
+    policy_logprobs: (
+        Tensor  # log-probability of each sampled token, carries the policy's graph, (B, T)
+    )
+    ref_logprobs: Tensor  # the same under the reference, no gradient, (B, T)
+    old_logprobs: Tensor  # the same under the model that drew the rollouts, no gradient, (B, T)
+    prompt_ids: Tensor  # which rollouts form one group, (B,)
 
-    def __getitem__(self, index): return Rollouts(*(getattr(self, field.name)[index] for field in fields(self)))
+    def __len__(self):
+        return len(self.prob)
+
+    def __getitem__(self, index):
+        return Rollouts(*(getattr(self, field.name)[index] for field in fields(self)))
 
 # %% ../nbs/judge/30_tabular.ipynb #9a4ceabd
 def _all_strings(vocab_size, max_length):
@@ -86,50 +99,65 @@ def _all_strings(vocab_size, max_length):
     mask = (steps < torch.tensor(lengths)[:, None]).long()  # (B, T)
     return torch.tensor(completions), mask
 
+
 def _token_logprobs(logits, completion_ids):
     return logits.log_softmax(-1).gather(-1, completion_ids[..., None])[..., 0]  # (B, T)
 
 # %% ../nbs/judge/30_tabular.ipynb #5460fc4e
 def enumerate_rollouts(
-    policy:TabularLM, # the policy p
-    reference:TabularLM, # the reference q
-    sampler:TabularLM|None=None, # the model that draws the rollouts; None: the policy
-)->Rollouts: # every rollout of positive probability, in prompt group 0
+    policy: TabularLM,  # the policy p
+    reference: TabularLM,  # the reference q
+    sampler: TabularLM | None = None,  # the model that draws the rollouts; None: the policy
+) -> Rollouts:  # every rollout of positive probability, in prompt group 0
     "Every string that `sampler` can draw, with its probability, and the tensors of both models."
     sampler = policy if sampler is None else sampler
     for name, model in dict(reference=reference, sampler=sampler).items():
         if (model.vocab_size, model.max_length) != (policy.vocab_size, policy.max_length):
-            raise ValueError(f"`{name}` is {model} but `policy` is {policy}; both must have the same "
-                             "`vocab_size` and `max_length`.")
+            raise ValueError(
+                f"`{name}` is {model} but `policy` is {policy}; both must have the same "
+                "`vocab_size` and `max_length`."
+            )
     completion_ids, mask = _all_strings(policy.vocab_size, policy.max_length)
     with torch.no_grad():
         old_logprobs = _token_logprobs(sampler(completion_ids), completion_ids)
-        prob = old_logprobs.masked_fill(mask == 0, 0.).sum(-1).exp()
+        prob = old_logprobs.masked_fill(mask == 0, 0.0).sum(-1).exp()
         keep = prob > 0
-        completion_ids, mask, prob, old_logprobs = (o[keep] for o in (completion_ids, mask, prob, old_logprobs))
+        completion_ids, mask, prob, old_logprobs = (
+            o[keep] for o in (completion_ids, mask, prob, old_logprobs)
+        )
         ref_logits = reference(completion_ids)
         ref_logprobs = _token_logprobs(ref_logits, completion_ids)
     policy_logits = policy(completion_ids)
-    return Rollouts(prob, completion_ids, mask, policy_logits, ref_logits,
-                    _token_logprobs(policy_logits, completion_ids), ref_logprobs, old_logprobs,
-                    torch.zeros_like(completion_ids[:, 0]))
+    return Rollouts(
+        prob,
+        completion_ids,
+        mask,
+        policy_logits,
+        ref_logits,
+        _token_logprobs(policy_logits, completion_ids),
+        ref_logprobs,
+        old_logprobs,
+        torch.zeros_like(completion_ids[:, 0]),
+    )
 
 # %% ../nbs/judge/30_tabular.ipynb #1f4a125a
 def exact_kl(
-    policy:TabularLM, # the policy p
-    reference:TabularLM, # the reference q
-)->Tensor: # KL(policy || reference) in nats per sequence, a scalar with the policy's graph
+    policy: TabularLM,  # the policy p
+    reference: TabularLM,  # the reference q
+) -> Tensor:  # KL(policy || reference) in nats per sequence, a scalar with the policy's graph
     "KL(policy || reference), summed over all strings (eq. 1). Infinite where the reference excludes a string."
     rollouts = enumerate_rollouts(policy, reference)
-    logp, logq = (o.masked_fill(rollouts.mask == 0, 0.).sum(-1)
-                  for o in (rollouts.policy_logprobs, rollouts.ref_logprobs))  # (B,)
+    logp, logq = (
+        o.masked_fill(rollouts.mask == 0, 0.0).sum(-1)
+        for o in (rollouts.policy_logprobs, rollouts.ref_logprobs)
+    )  # (B,)
     return (logp.exp() * (logp - logq)).sum()
 
 # %% ../nbs/judge/30_tabular.ipynb #f244e9ad
 def exact_kl_gradient(
-    policy:TabularLM, # the policy p
-    reference:TabularLM, # the reference q
-)->Tensor: # gradient with respect to `policy.table`, (prefixes, V)
+    policy: TabularLM,  # the policy p
+    reference: TabularLM,  # the reference q
+) -> Tensor:  # gradient with respect to `policy.table`, (prefixes, V)
     "The gradient of `exact_kl` by automatic differentiation of the enumerated sum."
     return torch.autograd.grad(exact_kl(policy, reference), policy.table)[0]
 
@@ -137,22 +165,23 @@ def exact_kl_gradient(
 @dataclass
 class Moments:
     "Exact mean and variance of an estimate."
-    mean: float # expected value
-    variance: float # variance of one estimate, that is of the mean over one group of rollouts
+
+    mean: float  # expected value
+    variance: float  # variance of one estimate, that is of the mean over one group of rollouts
 
     @property
-    def std(self)->float:
+    def std(self) -> float:
         "Standard deviation of one estimate."
-        return math.sqrt(max(self.variance, 0.))
+        return math.sqrt(max(self.variance, 0.0))
 
 # %% ../nbs/judge/30_tabular.ipynb #a25eb38f
 def exact_moments(
-    estimator:Callable, # takes `Rollouts`, returns one value per rollout, (B,)
-    policy:TabularLM, # the policy p
-    reference:TabularLM, # the reference q
-    group_size:int=1, # M, rollouts that one estimate is made from
-    sampler:TabularLM|None=None, # the model that draws the rollouts; None: the policy
-)->Moments: # of the mean over `group_size` rollouts
+    estimator: Callable,  # takes `Rollouts`, returns one value per rollout, (B,)
+    policy: TabularLM,  # the policy p
+    reference: TabularLM,  # the reference q
+    group_size: int = 1,  # M, rollouts that one estimate is made from
+    sampler: TabularLM | None = None,  # the model that draws the rollouts; None: the policy
+) -> Moments:  # of the mean over `group_size` rollouts
     """Exact mean and variance of `estimator` (eq. 2), by enumeration.
 
     With `group_size=1` the estimator is called once, on all rollouts. Otherwise it is called once per multiset of
@@ -164,25 +193,35 @@ def exact_moments(
         if group_size == 1:
             values, prob = estimator(rollouts), rollouts.prob
             if values.shape != prob.shape:
-                raise ValueError(f"`estimator` returned shape {tuple(values.shape)}; it must return one value per rollout, {tuple(prob.shape)}.")
+                raise ValueError(
+                    f"`estimator` returned shape {tuple(values.shape)}; it must return one value per rollout, {tuple(prob.shape)}."
+                )
         else:
             groups = list(itertools.combinations_with_replacement(range(len(rollouts)), group_size))
-            values = torch.stack([torch.as_tensor(estimator(rollouts[list(g)])).mean() for g in groups])
-            orders = [math.factorial(group_size) / math.prod(math.factorial(g.count(i)) for i in set(g)) for g in groups]
-            prob = rollouts.prob[torch.tensor(groups)].prod(-1) * torch.tensor(orders, dtype=torch.float64)
+            values = torch.stack(
+                [torch.as_tensor(estimator(rollouts[list(g)])).mean() for g in groups]
+            )
+            orders = [
+                math.factorial(group_size) / math.prod(math.factorial(g.count(i)) for i in set(g))
+                for g in groups
+            ]
+            prob = rollouts.prob[torch.tensor(groups)].prod(-1) * torch.tensor(
+                orders, dtype=torch.float64
+            )
         mean = (prob * values).sum()
-        return Moments(mean.item(), (prob * (values - mean)**2).sum().item())
+        return Moments(mean.item(), (prob * (values - mean) ** 2).sum().item())
 
 # %% ../nbs/judge/30_tabular.ipynb #e021babb
 @dataclass
 class GradientMoments:
     "Exact mean and total variance of a gradient estimate."
-    mean: Tensor # expected gradient, same shape as `policy.table`
-    exact: Tensor # gradient of the exact KL
-    variance: float # trace of the covariance of one estimate, that is of the mean over one group
+
+    mean: Tensor  # expected gradient, same shape as `policy.table`
+    exact: Tensor  # gradient of the exact KL
+    variance: float  # trace of the covariance of one estimate, that is of the mean over one group
 
     @property
-    def relative_bias(self)->float:
+    def relative_bias(self) -> float:
         "Length of the bias divided by the length of the exact gradient."
         return ((self.mean - self.exact).norm() / self.exact.norm()).item()
 
@@ -191,12 +230,17 @@ def _group_gradients(surrogate, rollouts, index, policy):
     "Gradient of each group (rows of `index`) with respect to `policy.table`, in one backward pass: (groups, prefixes, V)."
     num_groups, group_size = index.shape
     batch = rollouts[index.flatten()]
-    batch.policy_logits = batch.policy_logits.detach().requires_grad_()  # a leaf of its own for every rollout
+    batch.policy_logits = (
+        batch.policy_logits.detach().requires_grad_()
+    )  # a leaf of its own for every rollout
     batch.policy_logprobs = _token_logprobs(batch.policy_logits, batch.completion_ids)
     batch.prompt_ids = torch.arange(num_groups).repeat_interleave(group_size)
     loss = surrogate(batch)
-    if loss.numel() != 1: raise ValueError(f"`surrogate` returned shape {tuple(loss.shape)}; it must return a scalar, a mean over rollouts.")
-    grad, = torch.autograd.grad(loss, batch.policy_logits)  # (B, T, V)
+    if loss.numel() != 1:
+        raise ValueError(
+            f"`surrogate` returned shape {tuple(loss.shape)}; it must return a scalar, a mean over rollouts."
+        )
+    (grad,) = torch.autograd.grad(loss, batch.policy_logits)  # (B, T, V)
     grad = num_groups * grad  # the surrogate is a mean over all groups
     rows = policy.prefix_rows(batch.completion_ids) + batch.prompt_ids[:, None] * len(policy.table)
     out = grad.new_zeros(num_groups * len(policy.table), grad.shape[-1])
@@ -205,13 +249,13 @@ def _group_gradients(surrogate, rollouts, index, policy):
 
 # %% ../nbs/judge/30_tabular.ipynb #c1896f10
 def exact_gradient_moments(
-    surrogate:Callable, # takes `Rollouts`, returns a scalar: the mean over rollouts of something to differentiate
-    policy:TabularLM, # the policy p
-    reference:TabularLM, # the reference q
-    group_size:int=1, # M, rollouts that one gradient is made from
-    sampler:TabularLM|None=None, # the model that draws the rollouts; None: the policy
-    separate:bool=False, # call the surrogate once per group (slow), not once for many groups
-)->GradientMoments: # of the gradient of the mean over `group_size` rollouts
+    surrogate: Callable,  # takes `Rollouts`, returns a scalar: the mean over rollouts of something to differentiate
+    policy: TabularLM,  # the policy p
+    reference: TabularLM,  # the reference q
+    group_size: int = 1,  # M, rollouts that one gradient is made from
+    sampler: TabularLM | None = None,  # the model that draws the rollouts; None: the policy
+    separate: bool = False,  # call the surrogate once per group (slow), not once for many groups
+) -> GradientMoments:  # of the gradient of the mean over `group_size` rollouts
     """Exact mean and covariance trace of the gradient of `surrogate` (eq. 3), over all ordered groups of rollouts.
 
     Many groups are evaluated in one call; `Rollouts.prompt_ids` tells them apart, and rollouts of different prompts
@@ -219,9 +263,9 @@ def exact_gradient_moments(
     """
     _check_counts(group_size=group_size)
     rollouts = enumerate_rollouts(policy, reference, sampler)
-    size, total = len(rollouts), len(rollouts)**group_size
+    size, total = len(rollouts), len(rollouts) ** group_size
     chunk = 1 if separate else max(1, 2_000_000 // policy.table.numel())
-    mean, square = torch.zeros_like(policy.table.detach()), 0.
+    mean, square = torch.zeros_like(policy.table.detach()), 0.0
     for start in range(0, total, chunk):
         group = torch.arange(start, min(start + chunk, total))
         index = torch.stack([group // size**i % size for i in range(group_size)], 1)  # (groups, M)
@@ -230,55 +274,71 @@ def exact_gradient_moments(
         if start == 0 and len(group) > 1:
             alone = _group_gradients(surrogate, rollouts, index[-1:], policy)
             if not torch.allclose(alone[0], grads[-1], rtol=1e-6, atol=1e-9):
-                raise ValueError("`surrogate` is not a mean over rollouts of separate prompts: a group's gradient changes "
-                                 "with the other groups in the batch. Pass `separate=True`.")
+                raise ValueError(
+                    "`surrogate` is not a mean over rollouts of separate prompts: a group's gradient changes "
+                    "with the other groups in the batch. Pass `separate=True`."
+                )
         mean += (prob[:, None, None] * grads).sum(0)
         square += (prob * grads.flatten(1).square().sum(-1)).sum().item()
-    return GradientMoments(mean, exact_kl_gradient(policy, reference), square - mean.square().sum().item())
+    return GradientMoments(
+        mean, exact_kl_gradient(policy, reference), square - mean.square().sum().item()
+    )
 
 # %% ../nbs/judge/30_tabular.ipynb #33842914
 class MarkovLM(nn.Module):
     "A language model whose next token depends on the last one only; strings end at EOS or at `max_length`."
 
-    def __init__(self,
-        vocab_size:int, # number of ordinary tokens; EOS comes on top and has the id `vocab_size`
-        max_length:int, # T, the largest number of steps
-        seed:int=0, # seed of the random logits
-        scale:float=1.0, # standard deviation of the logits
-        eos_bias:float=0.0, # added to EOS's logits; negative for long strings
+    def __init__(
+        self,
+        vocab_size: int,  # number of ordinary tokens; EOS comes on top and has the id `vocab_size`
+        max_length: int,  # T, the largest number of steps
+        seed: int = 0,  # seed of the random logits
+        scale: float = 1.0,  # standard deviation of the logits
+        eos_bias: float = 0.0,  # added to EOS's logits; negative for long strings
     ):
         super().__init__()
         _check_counts(vocab_size=vocab_size, max_length=max_length)
         self.vocab_size, self.max_length, self.eos_id = vocab_size, max_length, vocab_size
         gen = torch.Generator().manual_seed(seed)
-        table = scale * torch.randn(vocab_size + 1, vocab_size + 1, generator=gen, dtype=torch.float64)
+        table = scale * torch.randn(
+            vocab_size + 1, vocab_size + 1, generator=gen, dtype=torch.float64
+        )
         table[:, self.eos_id] += eos_bias
-        self.table = nn.Parameter(table)  # row v: next-token logits after token v; last row: at the start, (V, V)
+        self.table = nn.Parameter(
+            table
+        )  # row v: next-token logits after token v; last row: at the start, (V, V)
 
-    def forward(self,
-        completion_ids:Tensor, # token ids, (B, T)
-    )->Tensor: # logits of every step given the token before it, (B, T, V)
+    def forward(
+        self,
+        completion_ids: Tensor,  # token ids, (B, T)
+    ) -> Tensor:  # logits of every step given the token before it, (B, T, V)
         "Logits of all steps, as a real language model returns them."
         start = torch.full_like(completion_ids[:, :1], self.eos_id)
         return self.table[torch.cat([start, completion_ids[:, :-1]], 1)]
 
 # %% ../nbs/judge/30_tabular.ipynb #a1871ece
 def markov_kl(
-    policy:MarkovLM, # the policy p
-    reference:MarkovLM, # the reference q
-    max_length:int|None=None, # steps to count; None: the policy's `max_length`
-)->Tensor: # KL(policy || reference) in nats per sequence, a scalar with the policy's graph
+    policy: MarkovLM,  # the policy p
+    reference: MarkovLM,  # the reference q
+    max_length: int | None = None,  # steps to count; None: the policy's `max_length`
+) -> Tensor:  # KL(policy || reference) in nats per sequence, a scalar with the policy's graph
     "KL(policy || reference) by the forward recursion of eq. 4."
     if policy.vocab_size != reference.vocab_size:
-        raise ValueError(f"`policy` has {policy.vocab_size} tokens but `reference` has {reference.vocab_size}; they must be equal.")
+        raise ValueError(
+            f"`policy` has {policy.vocab_size} tokens but `reference` has {reference.vocab_size}; they must be equal."
+        )
     logp, logq = policy.table.log_softmax(-1), reference.table.detach().log_softmax(-1)
     excluded = logp == -torch.inf
-    log_ratio = logp.masked_fill(excluded, 0.) - logq.masked_fill(excluded, 0.)
+    log_ratio = logp.masked_fill(excluded, 0.0) - logq.masked_fill(excluded, 0.0)
     row_kl = (logp.exp() * log_ratio).sum(-1)  # of each row of the table, (V,)
     alpha = torch.zeros_like(row_kl)
-    alpha[policy.eos_id] = 1.  # the last row is the start
+    alpha[policy.eos_id] = 1.0  # the last row is the start
     total = row_kl.new_zeros(())
     for _ in range(policy.max_length if max_length is None else max_length):
-        total = total + (alpha * row_kl.masked_fill(alpha == 0, 0.)).sum()  # an infinite row that is never reached does not count
-        alpha = (alpha @ logp.exp()) * (torch.arange(len(alpha)) != policy.eos_id)  # strings that end drop out
+        total = (
+            total + (alpha * row_kl.masked_fill(alpha == 0, 0.0)).sum()
+        )  # an infinite row that is never reached does not count
+        alpha = (alpha @ logp.exp()) * (
+            torch.arange(len(alpha)) != policy.eos_id
+        )  # strings that end drop out
     return total
