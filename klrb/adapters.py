@@ -16,65 +16,111 @@ from torch import Tensor, nn
 
 from .errors import InputError
 
-if TYPE_CHECKING: from peft import PeftConfig, PeftModel
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
 
 # %% auto #0
 __all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'one_line', 'Attached', 'attach_adapter',
            'check_active', 'check_adapters', 'evaluating', 'split_name']
 
 # %% ../nbs/compare/43_adapters.ipynb #5673663a
-KINDS = frozenset((
-    "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
-    "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
-    "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
-    "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"))
+KINDS = frozenset(
+    (
+        "ADALORA",
+        "ADAMSS",
+        "BEFT",
+        "BOFT",
+        "C3A",
+        "DEFT",
+        "DELORA",
+        "FOURIERFT",
+        "FROD",
+        "GLORA",
+        "GRALORA",
+        "HIRA",
+        "HRA",
+        "IA3",
+        "LILY",
+        "LN_TUNING",
+        "LOHA",
+        "LOKR",
+        "LORA",
+        "MISS",
+        "OFT",
+        "OSF",
+        "PEANUT",
+        "PSOFT",
+        "PVERA",
+        "RANDLORA",
+        "ROAD",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    )
+)
+
 
 def check_kind(
-    config: PeftConfig, # of one adapter
+    config: PeftConfig,  # of one adapter
 ) -> None:
     "Raise `InputError` when an adapter of this kind does its work outside the layers of its base."
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     if config.is_prompt_learning:
-        raise InputError(f"the adapter is of type {kind}, which learns a prompt; only adapters "
-                         "inside the layers, "
-                         "such as LoRA, can be measured.")
+        raise InputError(
+            f"the adapter is of type {kind}, which learns a prompt; only adapters "
+            "inside the layers, "
+            "such as LoRA, can be measured."
+        )
     if kind not in KINDS:
-        raise InputError(f"the adapter is of type {kind}, whose work in PEFT's own forward pass "
-                         "would be left out; "
-                         "merge it into its base first (`merge_and_unload`), or use LoRA or one of "
-                         "its kin.")
-    outside = dict(alora_invocation_tokens="an activated LoRA, which waits for its tokens",
-                   arrow_config="a router of LoRAs")
+        raise InputError(
+            f"the adapter is of type {kind}, whose work in PEFT's own forward pass "
+            "would be left out; "
+            "merge it into its base first (`merge_and_unload`), or use LoRA or one of "
+            "its kin."
+        )
+    outside = dict(
+        alora_invocation_tokens="an activated LoRA, which waits for its tokens",
+        arrow_config="a router of LoRAs",
+    )
     for field, what in outside.items():
         if getattr(config, field, None):
-            raise InputError(f"the adapter sets `{field}`: it is {what} in PEFT's own forward "
-                             "pass, "
-                             "which would be left out; it cannot be measured.")
+            raise InputError(
+                f"the adapter sets `{field}`: it is {what} in PEFT's own forward "
+                "pass, "
+                "which would be left out; it cannot be measured."
+            )
 
 # %% ../nbs/compare/43_adapters.ipynb #b1fa1fa0
 def probe_ids(
-    model: nn.Module, # a causal language model
-) -> Tensor: # (1, 12) at the most
+    model: nn.Module,  # a causal language model
+) -> Tensor:  # (1, 12) at the most
     "Tokens from all over the vocabulary."
     V = model.config.get_text_config().vocab_size
     device = model.get_input_embeddings().weight.device
     return torch.linspace(0, V - 1, min(12, V), device=device).long()[None]
 
+
 @torch.no_grad()
 def probe_logits(
-    model: nn.Module, # a causal language model, or a `PeftModel` around one
-    ids: Tensor, # from `probe_ids`
-) -> Tensor: # (1, T, V), at least float32
+    model: nn.Module,  # a causal language model, or a `PeftModel` around one
+    ids: Tensor,  # from `probe_ids`
+) -> Tensor:  # (1, T, V), at least float32
     "Logits of one bare pass."
     return model(input_ids=ids, use_cache=False).logits.float()
 
+
 def same_logits(
-    ours: Tensor, # logits before softmax, from `probe_logits`
-    theirs: Tensor, # of another model or way
-    dtype: torch.dtype, # of the weights
-) -> bool: # up to rounding
+    ours: Tensor,  # logits before softmax, from `probe_logits`
+    theirs: Tensor,  # of another model or way
+    dtype: torch.dtype,  # of the weights
+) -> bool:  # up to rounding
     "Whether two ways of computing logits agree."
-    allowed = 64*torch.finfo(dtype).eps*theirs.abs().max()  # sums in another order
+    allowed = 64 * torch.finfo(dtype).eps * theirs.abs().max()  # sums in another order
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= allowed)
 
 # %% ../nbs/compare/43_adapters.ipynb #6d7cca55
@@ -83,10 +129,11 @@ def _checksum(tensor: Tensor) -> int:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     return int(flat.view(whole).sum(dtype=torch.int64))
 
+
 def one_line(
-    error: Exception, # of a library below, of many lines
-    limit: int = 500, # characters kept; ours: a name, two sizes and what to do
-) -> str: # without line breaks
+    error: Exception,  # of a library below, of many lines
+    limit: int = 500,  # characters kept; ours: a name, two sizes and what to do
+) -> str:  # without line breaks
     "The text of an error, joined and cut at a word."
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= limit else words[:limit].rpartition(" ")[0] + " …"
@@ -94,8 +141,10 @@ def one_line(
 # %% ../nbs/compare/43_adapters.ipynb #da0c3301
 class Attached(NamedTuple):
     "An adapter on its base."
-    peft: PeftModel # the model with its adapters
-    intact: bool # adapters off is still the base, and earlier adapters are what they were
+
+    peft: PeftModel  # the model with its adapters
+    intact: bool  # adapters off is still the base, and earlier adapters are what they were
+
 
 @contextmanager
 def _quiet() -> Iterator[None]:
@@ -103,19 +152,22 @@ def _quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")  # what they warn of is an error below
         yield
 
+
 def attach_adapter(
-    model: nn.Module, # the base, which is changed in place
-    folder: str, # where PEFT's `save_pretrained` wrote the adapter, or a Hub id
-    name: str, # of the adapter in the `PeftModel`
-    peft: PeftModel|None = None, # already around the base; None: none
-) -> Attached: # in evaluation mode, with `name` switched on
-    "Put one more adapter on a base. Raises `InputError` when it is not all there or cannot be "
+    model: nn.Module,  # the base, which is changed in place
+    folder: str,  # where PEFT's `save_pretrained` wrote the adapter, or a Hub id
+    name: str,  # of the adapter in the `PeftModel`
+    peft: PeftModel | None = None,  # already around the base; None: none
+) -> Attached:  # in evaluation mode, with `name` switched on
+    "Put one more adapter on a base. Raises `InputError` when it is not all there or cannot be"
     "measured."
     path, ids = Path(folder).expanduser(), probe_ids(model)
-    if path.exists() and not (path/"adapter_config.json").exists():
-        raise InputError(f"`model` has the adapter {folder!r}, which has no adapter_config.json; "
-                         "give a folder that "
-                         "PEFT's save_pretrained wrote.")
+    if path.exists() and not (path / "adapter_config.json").exists():
+        raise InputError(
+            f"`model` has the adapter {folder!r}, which has no adapter_config.json; "
+            "give a folder that "
+            "PEFT's save_pretrained wrote."
+        )
     folder = str(path) if path.exists() else folder
     sums = [(o, _checksum(o)) for o in (peft or model).parameters()]
     before = _all_logits(model, peft, ids)
@@ -124,103 +176,143 @@ def attach_adapter(
     dtype = model.get_input_embeddings().weight.dtype
     peft.set_adapter(name, inference_mode=True)
     if not same_logits(after[name], probe_logits(peft, ids), dtype):
-        raise InputError(f"the adapter {folder!r} gives other logits through PEFT's own forward "
-                         "pass than in the "
-                         "layers of its base; merge it first (`merge_and_unload`).")
+        raise InputError(
+            f"the adapter {folder!r} gives other logits through PEFT's own forward "
+            "pass than in the "
+            "layers of its base; merge it first (`merge_and_unload`)."
+        )
     intact = all(_checksum(o) == then for o, then in sums)
     same = all(same_logits(after[key], before[key], dtype) for key in before)
     return Attached(peft, intact and same)
 
-def _all_logits(model: nn.Module, peft: PeftModel|None, ids: Tensor) -> dict[str|None, Tensor]:
+
+def _all_logits(model: nn.Module, peft: PeftModel | None, ids: Tensor) -> dict[str | None, Tensor]:
     "Logits of the base (None) and with each adapter, in klrb's way."
-    if peft is None: return {None: probe_logits(model, ids)}
+    if peft is None:
+        return {None: probe_logits(model, ids)}
     found = {}
     for name in peft.peft_config:
         peft.set_adapter(name, inference_mode=True)
         found[name] = probe_logits(model, ids)
-    with peft.disable_adapter(): found[None] = probe_logits(model, ids)
+    with peft.disable_adapter():
+        found[None] = probe_logits(model, ids)
     return found
 
 # %% ../nbs/compare/43_adapters.ipynb #8e38f036
-def _load(model: nn.Module, folder: str, name: str, peft: PeftModel|None) -> PeftModel:
+def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> PeftModel:
     from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
+
     given = model.config.name_or_path or type(model).__name__
     try:
         config = PeftConfig.from_pretrained(folder)
-        if config.peft_type is None: raise ValueError("its adapter_config.json has no `peft_type`.")
+        if config.peft_type is None:
+            raise ValueError("its adapter_config.json has no `peft_type`.")
         check_kind(config)
         _check_start(config, folder)
         with _quiet():
-            if peft is None: peft = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else: peft.load_adapter(folder, adapter_name=name)
+            if peft is None:
+                peft = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            else:
+                peft.load_adapter(folder, adapter_name=name)
             found = peft.load_adapter(folder, adapter_name=name)  # again, for the names it found
-    except InputError: raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
-            SafetensorError) as error:
-        raise InputError(f"`model` has the adapter {folder!r}, and loading it onto {given!r} "
-                         "failed: "
-                         f"{one_line(error)}") from error
+    except InputError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        raise InputError(
+            f"`model` has the adapter {folder!r}, and loading it onto {given!r} "
+            "failed: "
+            f"{one_line(error)}"
+        ) from error
     if lost := found.unexpected_keys:
-        raise InputError(f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong "
-                         "to no module of "
-                         f"{given!r} (first: {lost[0]}); they would be left out. Was it trained on "
-                         "another model or class?")
+        raise InputError(
+            f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong "
+            "to no module of "
+            f"{given!r} (first: {lost[0]}); they would be left out. Was it trained on "
+            "another model or class?"
+        )
     if bare := _without_value(peft, found.missing_keys):
-        raise InputError(f"`model` has the adapter {folder!r}, whose file lacks {len(bare)} of the "
-                         "weights that its "
-                         f"configuration asks for (first: {bare[0]}); they would have no effect. "
-                         "Save it again.")
+        raise InputError(
+            f"`model` has the adapter {folder!r}, whose file lacks {len(bare)} of the "
+            "weights that its "
+            f"configuration asks for (first: {bare[0]}); they would have no effect. "
+            "Save it again."
+        )
     _warn_of_another_base(config, folder, given)
     return peft.eval()
+
 
 def _check_start(config: PeftConfig, folder: str) -> None:
     start = str(getattr(config, "init_lora_weights", True))
     if "_niter_" in start:
-        raise InputError(f"the adapter {folder!r} sets `init_lora_weights` to {start!r}, whose "
-                         "start PEFT draws anew on "
-                         "each loading: the trained model is not in its files. Save it with "
-                         "`path_initial_model_for_weight_conversion`.")
+        raise InputError(
+            f"the adapter {folder!r} sets `init_lora_weights` to {start!r}, whose "
+            "start PEFT draws anew on "
+            "each loading: the trained model is not in its files. Save it with "
+            "`path_initial_model_for_weight_conversion`."
+        )
     if start == "lora_ga":
-        warnings.warn(f"the adapter {folder!r} sets `init_lora_weights` to 'lora_ga', whose start "
-                      "was taken out of the "
-                      "base's weights; it is right only on the base that was saved with it.",
-                      stacklevel=2)
+        warnings.warn(
+            f"the adapter {folder!r} sets `init_lora_weights` to 'lora_ga', whose start "
+            "was taken out of the "
+            "base's weights; it is right only on the base that was saved with it.",
+            stacklevel=2,
+        )
+
 
 def _without_value(peft: PeftModel, missing: list[str]) -> list[str]:
-    "Those of the missing names that are not second names of a tensor that was found: a bank that "
+    "Those of the missing names that are not second names of a tensor that was found: a bank that"
     "layers share."
     state = peft.state_dict()
     found = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
     return [name for name in missing if state[name].data_ptr() not in found]
 
+
 def _warn_of_another_base(config: PeftConfig, folder: str, given: str) -> None:
     trained = config.base_model_name_or_path
     if trained and Path(trained).name != Path(given).name:
-        warnings.warn(f"the adapter {folder!r} was trained on {trained!r} and is put onto "
-                      f"{given!r}; if these are not "
-                      "the same weights, the model is not the one that was trained.", stacklevel=2)
+        warnings.warn(
+            f"the adapter {folder!r} was trained on {trained!r} and is put onto "
+            f"{given!r}; if these are not "
+            "the same weights, the model is not the one that was trained.",
+            stacklevel=2,
+        )
 
 # %% ../nbs/compare/43_adapters.ipynb #4e38f2b7
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave the base as it is
 
+
 def check_active(
-    peft: PeftModel, # with one adapter or more
+    peft: PeftModel,  # with one adapter or more
 ) -> None:
     """Raise `InputError` when an adapter that is switched on needs PEFT's own forward pass.
 
     Two short passes in evaluation mode. Leaves weights, modes and the active adapter as they were.
     """
-    for config in peft.peft_config.values(): check_kind(config)
+    for config in peft.peft_config.values():
+        check_kind(config)
     model, ids = peft.get_base_model(), probe_ids(peft.get_base_model())
-    with evaluating(peft): ours, theirs = probe_logits(model, ids), probe_logits(peft, ids)
+    with evaluating(peft):
+        ours, theirs = probe_logits(model, ids), probe_logits(peft, ids)
     if not same_logits(ours, theirs, model.get_input_embeddings().weight.dtype):
-        raise InputError("the adapter gives other logits through PEFT's own forward pass than in "
-                         "the layers of its "
-                         "base; merge it first (`merge_and_unload`).")
+        raise InputError(
+            "the adapter gives other logits through PEFT's own forward pass than in "
+            "the layers of its "
+            "base; merge it first (`merge_and_unload`)."
+        )
+
 
 def check_adapters(
-    peft: PeftModel, # with one adapter or more, before or after training
+    peft: PeftModel,  # with one adapter or more, before or after training
 ) -> None:
     """Raise `InputError` unless adapters off is the base, and on needs nothing of PEFT's `forward`.
 
@@ -228,71 +320,90 @@ def check_adapters(
     weights, modes and the active adapter as they were.
     """
     check_active(peft)
-    for config in peft.peft_config.values(): _check_config(config)
+    for config in peft.peft_config.values():
+        _check_config(config)
     for name, module in peft.named_modules():
         if getattr(module, "merged", False):
-            raise InputError(f"the adapter is merged into its base ({name}); call "
-                             "`unmerge_adapter` first.")
-    with evaluating(peft): _check_off_is_fixed(peft, peft.get_base_model())
+            raise InputError(
+                f"the adapter is merged into its base ({name}); call `unmerge_adapter` first."
+            )
+    with evaluating(peft):
+        _check_off_is_fixed(peft, peft.get_base_model())
+
 
 @contextmanager
 def evaluating(
-    model: nn.Module, # any, with parts of it in training mode
+    model: nn.Module,  # any, with parts of it in training mode
 ) -> Iterator[None]:
     "Every part of a model in evaluation mode, for a time."
     training = [o for o in model.modules() if o.training]
     model.eval()
-    try: yield
+    try:
+        yield
     finally:
-        for module in training: module.training = True
+        for module in training:
+            module.training = True
+
 
 def _check_config(config: PeftConfig) -> None:
     off = "with the adapter off the model is not the base. Give a reference model of its own."
     if getattr(config, "bias", "none") not in ("none", None):
-        raise InputError(f"the adapter sets `bias` to {config.bias!r}, which trains the base's own "
-                         f"biases: {off}")
+        raise InputError(
+            f"the adapter sets `bias` to {config.bias!r}, which trains the base's own biases: {off}"
+        )
     start = getattr(config, "init_lora_weights", True)
     if start not in STARTS:
-        raise InputError(f"the adapter sets `init_lora_weights` to {start!r}, which takes its "
-                         "start out of the "
-                         f"base's weights: {off}")
+        raise InputError(
+            f"the adapter sets `init_lora_weights` to {start!r}, which takes its "
+            "start out of the "
+            f"base's weights: {off}"
+        )
     if getattr(config, "layer_replication", None):
         raise InputError(f"the adapter sets `layer_replication`, which adds layers: {off}")
+
 
 def _check_off_is_fixed(peft: PeftModel, model: nn.Module) -> None:
     trained = {name: o for name, o in peft.named_parameters() if o.requires_grad}
     with peft.disable_adapter(), torch.enable_grad():
         total = model(input_ids=probe_ids(model), use_cache=False).logits.float().sum()
         live = {name: o for name, o in trained.items() if o.requires_grad}
-        if not total.requires_grad or not live: return
+        if not total.requires_grad or not live:
+            return
         reached = torch.autograd.grad(total, list(live.values()), allow_unused=True)
     moving = [name for name, o in zip(live, reached) if o is not None]
     if moving:
-        raise InputError(f"{len(moving)} parameters that are trained reach the logits with the "
-                         "adapters off (first: "
-                         f"{moving[0]}): the reference would move with the policy. Freeze them, or "
-                         "give the reference "
-                         "as a model of its own.")
+        raise InputError(
+            f"{len(moving)} parameters that are trained reach the logits with the "
+            "adapters off (first: "
+            f"{moving[0]}): the reference would move with the policy. Freeze them, or "
+            "give the reference "
+            "as a model of its own."
+        )
 
 # %% ../nbs/compare/43_adapters.ipynb #665cfcf5
 def split_name(
-    name: str, # a model, or BASE+ADAPTER, with plus signs wherever
-) -> tuple[str, str|None]: # base, and adapter if there is one
+    name: str,  # a model, or BASE+ADAPTER, with plus signs wherever
+) -> tuple[str, str | None]:  # base, and adapter if there is one
     "Base and adapter of a name. Raises `InputError` when one of them is empty."
-    if "+" not in name or Path(name).expanduser().exists(): return name, None
+    if "+" not in name or Path(name).expanduser().exists():
+        return name, None
     places = [i for i, o in enumerate(name) if o == "+" and 0 < i < len(name) - 1]
     if not places:
-        raise InputError(f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of "
-                         "the plus sign.")
-    base, adapter = max(((name[:i], name[i + 1:]) for i in places), key=_there)
+        raise InputError(
+            f"`model` is {name!r}; write BASE+ADAPTER, with a name on either side of the plus sign."
+        )
+    base, adapter = max(((name[:i], name[i + 1 :]) for i in places), key=_there)
     if "+" in base and not Path(base).expanduser().exists():
-        raise InputError(f"`model` is {name!r}, and there is no folder {base!r}; one adapter can "
-                         "be on a base: merge the "
-                         "first one and save the model (`merge_and_unload`).")
+        raise InputError(
+            f"`model` is {name!r}, and there is no folder {base!r}; one adapter can "
+            "be on a base: merge the "
+            "first one and save the model (`merge_and_unload`)."
+        )
     return base, adapter
+
 
 def _there(parts: tuple[str, str]) -> tuple[bool, bool, bool, int]:
     "How much of a split is on disk; of two equal ones, that with the longer base."
     base, adapter = (Path(o).expanduser() for o in parts)
-    is_adapter = (adapter/"adapter_config.json").exists()
+    is_adapter = (adapter / "adapter_config.json").exists()
     return base.exists() and adapter.exists(), is_adapter, adapter.exists(), len(parts[0])

@@ -14,59 +14,85 @@ from torch import nn
 
 from .errors import InputError
 
-if TYPE_CHECKING: from transformers import PretrainedConfig
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'FIELDS', 'HARMLESS', 'ROPE', 'HEADS', 'GgufFile', 'read_gguf', 'gguf_config', 'check_gguf',
            'load_gguf']
 
 # %% ../nbs/compare/44_gguf.ipynb #f673f597
-ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen2moe", "qwen3",
-                 "qwen3moe", "stablelm", "starcoder2")
+ARCHITECTURES = (
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "llama",
+    "phi3",
+    "qwen2",
+    "qwen2moe",
+    "qwen3",
+    "qwen3moe",
+    "stablelm",
+    "starcoder2",
+)
+
 
 class GgufFile(NamedTuple):
     "What a GGUF file says about its model."
-    name: str # of the file, for errors
-    architecture: str # llama.cpp's name of it
-    keys: dict[str, Any] # under the architecture's name, without it
-    tensors: dict[str, tuple[int, ...]] # shapes, rows first
-    rope_factors: list[float]|None # of `rope_freqs.weight`: each frequency is divided by one
+
+    name: str  # of the file, for errors
+    architecture: str  # llama.cpp's name of it
+    keys: dict[str, Any]  # under the architecture's name, without it
+    tensors: dict[str, tuple[int, ...]]  # shapes, rows first
+    rope_factors: list[float] | None  # of `rope_freqs.weight`: each frequency is divided by one
+
 
 def read_gguf(
-    path: str|Path, # a GGUF file
-) -> GgufFile: # its header
-    "Read the header of a GGUF file. Raises `InputError` when it cannot be read, or its "
+    path: str | Path,  # a GGUF file
+) -> GgufFile:  # its header
+    "Read the header of a GGUF file. Raises `InputError` when it cannot be read, or its"
     "architecture is not known here."
     from gguf import GGUFReader, dequantize
+
     path = Path(path).expanduser()
-    try: reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"`model` is {str(path)!r}, and loading it failed: it is no GGUF file "
-                         f"({error}).") from None
+        raise InputError(
+            f"`model` is {str(path)!r}, and loading it failed: it is no GGUF file ({error})."
+        ) from None
     architecture = reader.fields["general.architecture"].contents()
     if architecture not in ARCHITECTURES:
-        raise InputError(f"`model` is {str(path)!r}, of the architecture {architecture}; GGUF "
-                         "files are read of "
-                         f"{', '.join(ARCHITECTURES)}. Give the model's own folder.")
+        raise InputError(
+            f"`model` is {str(path)!r}, of the architecture {architecture}; GGUF "
+            "files are read of "
+            f"{', '.join(ARCHITECTURES)}. Give the model's own folder."
+        )
     prefix = architecture + "."
     own = {key: o for key, o in reader.fields.items() if key.startswith(prefix)}
     keys = {key.removeprefix(prefix): o.contents() for key, o in own.items()}
     strange = [o for o in reader.fields if o.split(".")[0] not in (architecture, *_ASIDE)]
-    if strange: raise _refusal(path.name, f"has the key {strange[0]}")
+    if strange:
+        raise _refusal(path.name, f"has the key {strange[0]}")
     lists = {key: o for key, o in keys.items() if isinstance(o, list) and key not in HEADS}
     uneven = [key for key, o in lists.items() if len(set(o)) > 1]
-    if uneven: raise _refusal(path.name, f"sets {prefix}{uneven[0]} layer by layer")
+    if uneven:
+        raise _refusal(path.name, f"sets {prefix}{uneven[0]} layer by layer")
     freqs = [o for o in reader.tensors if o.name == "rope_freqs.weight"]
     factors = dequantize(freqs[0].data, freqs[0].tensor_type).ravel().tolist() if freqs else None
     shapes = {o.name: tuple(int(n) for n in reversed(o.shape)) for o in reader.tensors}
     return GgufFile(path.name, architecture, keys, shapes, factors)
 
+
 _ASIDE = ("GGUF", "general", "tokenizer", "quantize", "split", "imatrix")  # not about the model
 
+
 def _refusal(name: str, what: str) -> InputError:
-    return InputError(f"`model` is {name!r}, which {what}; transformers would leave it out, and "
-                      "the model would be another "
-                      "one. Give the model's own folder.")
+    return InputError(
+        f"`model` is {name!r}, which {what}; transformers would leave it out, and "
+        "the model would be another "
+        "one. Give the model's own folder."
+    )
 
 # %% ../nbs/compare/44_gguf.ipynb #0e8bddc6
 FIELDS = {  # key: names of its counterpart in a configuration, and the value that changes nothing
@@ -78,7 +104,9 @@ FIELDS = {  # key: names of its counterpart in a configuration, and the value th
     "attention.head_count_kv": (("num_key_value_heads",), None),
     "attention.layer_norm_rms_epsilon": (("rms_norm_eps", "norm_eps"), None),
     "attention.layer_norm_epsilon": (
-        ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"), None),
+        ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+        None,
+    ),
     "attn_logit_softcapping": (("attn_logit_softcapping",), 0.0),
     "final_logit_softcapping": (("final_logit_softcapping",), 0.0),
     "logit_scale": (("logit_scale",), 1.0),
@@ -103,64 +131,91 @@ FIELDS = {  # key: names of its counterpart in a configuration, and the value th
 }
 HARMLESS = ("vocab_size", "tensor_data_layout")  # the embeddings' own size counts; a remark
 ROPE = (
-    "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count", "rope.scale_linear",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
-    "rope.scaling.finetuned")
-HEADS = ("attention.key_length", "attention.value_length", "attention.sliding_window",
-         "attention.sliding_window_pattern")
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.dimension_count",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+)
+HEADS = (
+    "attention.key_length",
+    "attention.value_length",
+    "attention.sliding_window",
+    "attention.sliding_window_pattern",
+)
+
 
 def gguf_config(
-    file: GgufFile, # from `read_gguf`
-    config: PretrainedConfig, # what transformers read from it, changed in place
-) -> PretrainedConfig: # what the file says
-    "Complete a configuration by the file's own keys. Raises `InputError` on the first that has no "
+    file: GgufFile,  # from `read_gguf`
+    config: PretrainedConfig,  # what transformers read from it, changed in place
+) -> PretrainedConfig:  # what the file says
+    "Complete a configuration by the file's own keys. Raises `InputError` on the first that has no"
     "place in it."
     for key, value in file.keys.items():
-        if key in FIELDS: _set_field(file, config, key, value)
+        if key in FIELDS:
+            _set_field(file, config, key, value)
         elif key not in HARMLESS + ROPE + HEADS:
             raise _refusal(file.name, f"sets {file.architecture}.{key}")
-    if (rows := file.tensors.get("token_embd.weight")) is not None: config.vocab_size = rows[0]
+    if (rows := file.tensors.get("token_embd.weight")) is not None:
+        config.vocab_size = rows[0]
     config.tie_word_embeddings = "output.weight" not in file.tensors
     for part, field in (("attn_q.bias", "attention_bias"), ("ffn_up.bias", "mlp_bias")):
         if hasattr(config, field):
             setattr(config, field, any(o.endswith(part) for o in file.tensors))
     _set_heads(file, config)
-    if file.architecture in ("gemma2", "gemma3"): _set_gemma(file, config)
-    if file.architecture != "gpt2": _set_rope(file, config)
+    if file.architecture in ("gemma2", "gemma3"):
+        _set_gemma(file, config)
+    if file.architecture != "gpt2":
+        _set_rope(file, config)
     elif any(o.startswith("rope.") for o in file.keys) or file.rope_factors:
         raise _refusal(file.name, "has rotary positions")
     return config
 
+
 def _set_field(file: GgufFile, config: PretrainedConfig, key: str, value: Any) -> None:
     names, neutral = FIELDS[key]
-    if isinstance(value, list): value = value[0]  # the same for every layer
+    if isinstance(value, list):
+        value = value[0]  # the same for every layer
     name = next((o for o in names if hasattr(config, o)), None)
-    if name is not None: setattr(config, name, _rounded(value))
-    elif key == "attention.head_count_kv" and value == config.num_attention_heads: pass
+    if name is not None:
+        setattr(config, name, _rounded(value))
+    elif key == "attention.head_count_kv" and value == config.num_attention_heads:
+        pass
     elif neutral is None or value != neutral:
         raise _refusal(file.name, f"sets {file.architecture}.{key} to {value}")
 
-def _rounded(value: Any) -> Any: # 1e-5 was written as a float32
+
+def _rounded(value: Any) -> Any:  # 1e-5 was written as a float32
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 # %% ../nbs/compare/44_gguf.ipynb #f0b789de
 def _set_heads(file: GgufFile, config: PretrainedConfig) -> None:
-    width = file.keys.get("attention.key_length", config.hidden_size//config.num_attention_heads)
+    width = file.keys.get("attention.key_length", config.hidden_size // config.num_attention_heads)
     if file.keys.get("attention.value_length", width) != width:
-        raise _refusal(file.name, f"sets {file.architecture}.attention.value_length to another "
-                                  "width than that of the keys")
-    if getattr(config, "head_dim", None) is not None: config.head_dim = width
-    elif width != config.hidden_size//config.num_attention_heads:
+        raise _refusal(
+            file.name,
+            f"sets {file.architecture}.attention.value_length to another "
+            "width than that of the keys",
+        )
+    if getattr(config, "head_dim", None) is not None:
+        config.head_dim = width
+    elif width != config.hidden_size // config.num_attention_heads:
         raise _refusal(file.name, f"sets {file.architecture}.attention.key_length to {width}")
     window, reach = file.keys.get("attention.sliding_window", 0), config.max_position_embeddings
-    if "attention.sliding_window_pattern" in file.keys: _check_pattern(file, config)
+    if "attention.sliding_window_pattern" in file.keys:
+        _check_pattern(file, config)
     if not window or window >= reach:
         given = getattr(config, "sliding_window", None)
-        if given and not file.architecture.startswith("gemma"): config.sliding_window = None
+        if given and not file.architecture.startswith("gemma"):
+            config.sliding_window = None
     elif file.architecture in ("gemma2", "gemma3", "phi3", "starcoder2"):
         config.sliding_window = window
     else:
         raise _refusal(file.name, f"sets {file.architecture}.attention.sliding_window to {window}")
+
 
 def _check_pattern(file: GgufFile, config: PretrainedConfig) -> None:
     given = file.keys["attention.sliding_window_pattern"]
@@ -168,117 +223,145 @@ def _check_pattern(file: GgufFile, config: PretrainedConfig) -> None:
     if not isinstance(given, list):
         given = [(i + 1) % given != 0 for i in range(config.num_hidden_layers)]
     if [bool(o) for o in given] != layers:
-        raise _refusal(file.name, f"sets {file.architecture}.attention.sliding_window_pattern to "
-                                  "other layers than usual")
+        raise _refusal(
+            file.name,
+            f"sets {file.architecture}.attention.sliding_window_pattern to other layers than usual",
+        )
+
 
 def _set_gemma(file: GgufFile, config: PretrainedConfig) -> None:
-    "Queries are scaled by the width of a head, but in the two models of 27 billion by hidden size "
+    "Queries are scaled by the width of a head, but in the two models of 27 billion by hidden size"
     "over heads."
     largest = config.num_hidden_layers == dict(gemma2=46, gemma3=62)[file.architecture]
-    share = config.hidden_size//config.num_attention_heads
+    share = config.hidden_size // config.num_attention_heads
     config.query_pre_attn_scalar = share if largest else config.head_dim
 
 # %% ../nbs/compare/44_gguf.ipynb #85c1773e
 def _set_rope(file: GgufFile, config: PretrainedConfig) -> None:
     keys, d = file.keys, getattr(config, "head_dim", None)
-    if d is None: d = config.hidden_size//config.num_attention_heads
-    theta, near = (_rounded(float(keys.get(o, 10000.))) for o in ROPE[:2])  # llama.cpp's default
+    if d is None:
+        d = config.hidden_size // config.num_attention_heads
+    theta, near = (_rounded(float(keys.get(o, 10000.0))) for o in ROPE[:2])  # llama.cpp's default
     rope = dict(rope_theta=theta, rope_type="default")
     turned = keys.get("rope.dimension_count", d)
     if "partial_rotary_factor" in (config.rope_parameters or {}):
-        rope["partial_rotary_factor"] = turned/d
+        rope["partial_rotary_factor"] = turned / d
     elif turned != d:
-        raise _refusal(file.name, f"sets {file.architecture}.rope.dimension_count to {turned} of "
-                                  f"{d}")
+        raise _refusal(
+            file.name, f"sets {file.architecture}.rope.dimension_count to {turned} of {d}"
+        )
     rope |= _scaling(file, config, turned)
-    if file.architecture != "gemma3": config.rope_parameters = rope
+    if file.architecture != "gemma3":
+        config.rope_parameters = rope
     else:
         sliding = dict(rope_theta=near, rope_type="default")
         config.rope_parameters = dict(full_attention=rope, sliding_attention=sliding)
 
+
 def _scaling(file: GgufFile, config: PretrainedConfig, turned: int) -> dict[str, Any]:
     keys, arch = file.keys, file.architecture
-    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.
+    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
     kind = keys.get("rope.scaling.type", "linear")  # llama.cpp's own default
     if kind not in ("none", "linear", "yarn"):
         raise _refusal(file.name, f"sets {arch}.rope.scaling.type to {kind}")
-    if kind == "none": factor = 1.
+    if kind == "none":
+        factor = 1.0
     if kind == "yarn":
         original = keys.get("rope.scaling.original_context_length", config.max_position_embeddings)
         if file.rope_factors:
-            raise _refusal(file.name, f"sets {arch}.rope.scaling.type to yarn and has "
-                                      "rope_freqs.weight")
-        return dict(rope_type="yarn", factor=float(factor),
-                    original_max_position_embeddings=int(original))
+            raise _refusal(
+                file.name, f"sets {arch}.rope.scaling.type to yarn and has rope_freqs.weight"
+            )
+        return dict(
+            rope_type="yarn", factor=float(factor), original_max_position_embeddings=int(original)
+        )
     if file.rope_factors:
-        if len(file.rope_factors) != turned//2 or arch == "gemma3":
-            raise _refusal(file.name, f"has {len(file.rope_factors)} rope_freqs.weight for "
-                                      f"{turned//2} pairs")
-        factors = [factor*o for o in file.rope_factors]
-        return dict(rope_type="longrope", short_factor=factors, long_factor=factors, factor=1.,
-                    attention_factor=1.,
-                    original_max_position_embeddings=config.max_position_embeddings)
+        if len(file.rope_factors) != turned // 2 or arch == "gemma3":
+            raise _refusal(
+                file.name, f"has {len(file.rope_factors)} rope_freqs.weight for {turned // 2} pairs"
+            )
+        factors = [factor * o for o in file.rope_factors]
+        return dict(
+            rope_type="longrope",
+            short_factor=factors,
+            long_factor=factors,
+            factor=1.0,
+            attention_factor=1.0,
+            original_max_position_embeddings=config.max_position_embeddings,
+        )
     return dict(rope_type="linear", factor=float(factor)) if factor != 1 else {}
 
 # %% ../nbs/compare/44_gguf.ipynb #7a938014
 @torch.no_grad()
 def check_gguf(
-    file: GgufFile, # from `read_gguf`
-    model: nn.Module, # loaded from it
+    file: GgufFile,  # from `read_gguf`
+    model: nn.Module,  # loaded from it
 ) -> None:
-    "Raise `InputError` when a tensor of the file is not in the model, or the model turns by other "
+    "Raise `InputError` when a tensor of the file is not in the model, or the model turns by other"
     "frequencies."
     known = _places(file, model)
     known |= {"rope_freqs.weight": ""} | {name + ".weight": o for name, o in known.items()}
     lost = [o for o in file.tensors if o not in known]
     lost = [o for o in lost if not (file.architecture == "gpt2" and o == "output.weight")]
     if lost:
-        raise _refusal(file.name, f"has {len(lost)} tensors without a place in the model (first: "
-                                  f"{lost[0]})")
-    if file.architecture in ("gpt2", "gemma3"): return
-    if file.keys.get("rope.scaling.type") == "yarn": return
+        raise _refusal(
+            file.name, f"has {len(lost)} tensors without a place in the model (first: {lost[0]})"
+        )
+    if file.architecture in ("gpt2", "gemma3"):
+        return
+    if file.keys.get("rope.scaling.type") == "yarn":
+        return
     for module in model.modules():
         found = getattr(module, "inv_freq", None)
-        if isinstance(found, torch.Tensor): _check_frequencies(file, found.double().cpu())
+        if isinstance(found, torch.Tensor):
+            _check_frequencies(file, found.double().cpu())
+
 
 def _places(file: GgufFile, model: nn.Module) -> dict[str, str]:
-    "The file's names of the model's tensors, as transformers maps them "
+    "The file's names of the model's tensors, as transformers maps them"
     "(`get_gguf_hf_weights_map`, which takes a minute)."
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
     kind = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
     processor = kind(config=model.config.to_dict())
     architecture = next(key for key, name in MODEL_ARCH_NAMES.items() if name == file.architecture)
     table, places = get_tensor_name_map(architecture, model.config.num_hidden_layers), {}
     for full in map(processor.preprocess_name, model.state_dict()):
         stem, dot, kind = full.rpartition(".")
-        if kind not in ("weight", "bias"): stem, dot, kind = full, "", ""
+        if kind not in ("weight", "bias"):
+            stem, dot, kind = full, "", ""
         inner = ".".join(stem.split(".")[1:])  # some were made from the model without its head
         name = table.get_name(stem) or table.get_name(inner)
-        if name is None: processor.perform_fallback_tensor_mapping(places, dot + kind, "", full)
-        else: places[name + dot + kind] = full
+        if name is None:
+            processor.perform_fallback_tensor_mapping(places, dot + kind, "", full)
+        else:
+            places[name + dot + kind] = full
     return places
+
 
 def _check_frequencies(file: GgufFile, found: torch.Tensor) -> None:
     keys = file.keys
-    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.
-    if keys.get("rope.scaling.type") == "none": factor = 1.
+    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
+    if keys.get("rope.scaling.type") == "none":
+        factor = 1.0
     pairs = torch.arange(len(found), dtype=torch.float64)
-    factors = torch.tensor(file.rope_factors or [1.], dtype=torch.float64)
-    wanted = keys.get("rope.freq_base", 10000.)**(-pairs/len(found))/factor/factors
-    turned = keys.get("rope.dimension_count", 2*len(found))
-    if 2*len(found) != turned or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
+    factors = torch.tensor(file.rope_factors or [1.0], dtype=torch.float64)
+    wanted = keys.get("rope.freq_base", 10000.0) ** (-pairs / len(found)) / factor / factors
+    turned = keys.get("rope.dimension_count", 2 * len(found))
+    if 2 * len(found) != turned or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
         raise _refusal(file.name, "has rotary positions of its own")
 
 # %% ../nbs/compare/44_gguf.ipynb #04775cf5
 def load_gguf(
-    path: str|Path, # a GGUF file
-    dtype: torch.dtype = torch.float32, # of the weights
-    **settings: Any, # further arguments of `from_pretrained`
-) -> tuple[nn.Module, dict]: # the model, and what transformers says about missing weights
-    "The causal language model of a GGUF file. Raises `InputError` when the file says what the "
+    path: str | Path,  # a GGUF file
+    dtype: torch.dtype = torch.float32,  # of the weights
+    **settings: Any,  # further arguments of `from_pretrained`
+) -> tuple[nn.Module, dict]:  # the model, and what transformers says about missing weights
+    "The causal language model of a GGUF file. Raises `InputError` when the file says what the"
     "model would not do."
     from transformers import AutoConfig, AutoModelForCausalLM
+
     path = Path(path).expanduser()
     file, settings = read_gguf(path), dict(gguf_file=path.name) | settings
     config = gguf_config(file, AutoConfig.from_pretrained(str(path.parent), **settings))

@@ -17,10 +17,38 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import InputError
-from .compare.prompts import (as_found, check_arguments, check_chat, check_unused_tokenizer, encode_prompts, end_notes, prompt_notes, prompt_text,
-                          quiet_loading, read_prompts, resolve_end_tokens)
-from .compare.results import (SEQUENCE, TOKEN, Measurement, Result, Saver, draw_results, finish_saving, heatmap_html, plain_results, prompt_means)
-from .compare.scoring import RolloutStream, check_integer, draw, own_end_tokens, resolve_divergence
+from klrb.compare.prompts import (
+    as_found,
+    check_arguments,
+    check_chat,
+    check_unused_tokenizer,
+    encode_prompts,
+    end_notes,
+    prompt_notes,
+    prompt_text,
+    quiet_loading,
+    read_prompts,
+    resolve_end_tokens,
+)
+from klrb.compare.results import (
+    SEQUENCE,
+    TOKEN,
+    Measurement,
+    Result,
+    Saver,
+    draw_results,
+    finish_saving,
+    heatmap_html,
+    plain_results,
+    prompt_means,
+)
+from klrb.compare.scoring import (
+    RolloutStream,
+    check_integer,
+    draw,
+    own_end_tokens,
+    resolve_divergence,
+)
 from .intervals import Interval, cluster_interval
 from .compare.stopping import Tolerance, parse_tolerance, sample_until
 from .compare.sides import Side, describe, load_pair
@@ -30,22 +58,56 @@ from .steps import DIVERGENCES
 __all__ = ['DEFAULT_ROLLOUTS', 'measure_kl']
 
 # %% ../nbs/compare/40_guide.ipynb #695b2055
-_SETTINGS = ("samples", "tolerance", "max_samples", "max_new_tokens", "temperature", "reference_temperature", "direction",
-             "divergence", "alpha", "end_tokens", "chat", "policy_prefix", "reference_prefix", "batch_tokens", "seed")
+_SETTINGS = (
+    "samples",
+    "tolerance",
+    "max_samples",
+    "max_new_tokens",
+    "temperature",
+    "reference_temperature",
+    "direction",
+    "divergence",
+    "alpha",
+    "end_tokens",
+    "chat",
+    "policy_prefix",
+    "reference_prefix",
+    "batch_tokens",
+    "seed",
+)
+
 
 def _check_settings(given: dict) -> dict:
     "The settings among the arguments, with aliases resolved. Raises `ValueError` on the first that cannot be."
     check_arguments(given)
     s = {key: given[key] for key in _SETTINGS}
     divergence, direction = resolve_divergence(s["divergence"], s["direction"])
-    for key, least in (("samples", 1), ("max_samples", 2), ("max_new_tokens", 1), ("batch_tokens", 1), ("seed", 0)): check_integer(key, s[key], least)
+    for key, least in (
+        ("samples", 1),
+        ("max_samples", 2),
+        ("max_new_tokens", 1),
+        ("batch_tokens", 1),
+        ("seed", 0),
+    ):
+        check_integer(key, s[key], least)
     for key in ("temperature", "reference_temperature"):
-        if s[key] is not None and not 0 < s[key] < math.inf: raise InputError(f"`{key}` is {s[key]!r}; it must be positive. Greedy decoding (0) has no density.")
+        if s[key] is not None and not 0 < s[key] < math.inf:
+            raise InputError(
+                f"`{key}` is {s[key]!r}; it must be positive. Greedy decoding (0) has no density."
+            )
     if s["tolerance"] is not None and s["samples"] is not None:
-        raise InputError("`samples` fixes the number of rollouts and `tolerance` adapts it; give one of them.")
+        raise InputError(
+            "`samples` fixes the number of rollouts and `tolerance` adapts it; give one of them."
+        )
     tolerance = None if s["tolerance"] is None else parse_tolerance(s["tolerance"])
-    return s | dict(divergence=divergence, direction=direction, tolerance=tolerance,
-                    reference_temperature=s["temperature"] if s["reference_temperature"] is None else s["reference_temperature"])
+    return s | dict(
+        divergence=divergence,
+        direction=direction,
+        tolerance=tolerance,
+        reference_temperature=s["temperature"]
+        if s["reference_temperature"] is None
+        else s["reference_temperature"],
+    )
 
 # %% ../nbs/compare/40_guide.ipynb #07111f97
 class _Run:
@@ -55,64 +117,146 @@ class _Run:
         self.settings, self.texts, self.began = s, [prompt_text(o) for o in texts], monotonic()
         tokenizers = tuple(o.tokenizer for o in sides)
         ends = resolve_end_tokens(s["end_tokens"], tokenizers)
-        prompts = [encode_prompts(texts, o.tokenizer, s[f"{role}_prefix"], s["chat"]) for role, o in zip(("policy", "reference"), sides)]
-        for role, side, rows in zip(("policy", "reference"), sides, prompts): _check_context(role, side, rows, s["max_new_tokens"])
+        prompts = [
+            encode_prompts(texts, o.tokenizer, s[f"{role}_prefix"], s["chat"])
+            for role, o in zip(("policy", "reference"), sides)
+        ]
+        for role, side, rows in zip(("policy", "reference"), sides, prompts):
+            _check_context(role, side, rows, s["max_new_tokens"])
         temperatures = s["temperature"], s["reference_temperature"]
-        common = dict(texts=self.texts, ends=ends, order=np.random.default_rng(s["seed"]).permutation(len(texts)), after_batch=lambda *o: _after_batch(self, *o),
-                      **{key: s[key] for key in ("max_new_tokens", "divergence", "alpha", "batch_tokens", "seed")})
+        common = dict(
+            texts=self.texts,
+            ends=ends,
+            order=np.random.default_rng(s["seed"]).permutation(len(texts)),
+            after_batch=lambda *o: _after_batch(self, *o),
+            **{
+                key: s[key]
+                for key in ("max_new_tokens", "divergence", "alpha", "batch_tokens", "seed")
+            },
+        )
         both = s["direction"] == "both" or s["divergence"] == "jeffreys"
-        if s["divergence"] == "jeffreys": common["divergence"] = "kl"  # of either direction; their sum is the Jeffreys divergence
-        self.streams = {name: RolloutStream(sides[::way], ("policy", "reference")[::way], prompts=tuple(prompts[::way]), temperatures=temperatures[::way], **common)
-                        for name, way in (("reverse", 1), ("forward", -1)) if both or s["direction"] == name}
-        self.about = dict(settings={k: str(v) if isinstance(v, Tolerance) else v for k, v in s.items()}, prompts=len(texts),
-                          notes=prompt_notes(texts, tokenizers, s["policy_prefix"], s["chat"]), **describe(sides))
+        if s["divergence"] == "jeffreys":
+            common["divergence"] = "kl"  # of either direction; their sum is the Jeffreys divergence
+        self.streams = {
+            name: RolloutStream(
+                sides[::way],
+                ("policy", "reference")[::way],
+                prompts=tuple(prompts[::way]),
+                temperatures=temperatures[::way],
+                **common,
+            )
+            for name, way in (("reverse", 1), ("forward", -1))
+            if both or s["direction"] == name
+        }
+        self.about = dict(
+            settings={k: str(v) if isinstance(v, Tolerance) else v for k, v in s.items()},
+            prompts=len(texts),
+            notes=prompt_notes(texts, tokenizers, s["policy_prefix"], s["chat"]),
+            **describe(sides),
+        )
         if ends is None:
             self.about["notes"] += end_notes(tuple(own_end_tokens(o) for o in sides), tokenizers[0])
         self.saver = Saver(save, self.about) if save is not None else None
-        self.bar = tqdm(unit=" rollouts", disable=not (sys.stderr.isatty() if progress is None else progress))
+        self.bar = tqdm(
+            unit=" rollouts", disable=not (sys.stderr.isatty() if progress is None else progress)
+        )
         self.shown = -math.inf
+
 
 def _check_context(role: str, side: Side, rows: list, steps: int) -> None:
     longest = max(range(len(rows)), key=lambda i: len(rows[i]))
     if side.context is not None and len(rows[longest]) + steps > side.context:
-        raise InputError(f"prompt {longest + 1} has {len(rows[longest])} tokens and `max_new_tokens` is {steps}, but the {role}'s context "
-                         f"has {side.context} positions; shorten either.")
+        raise InputError(
+            f"prompt {longest + 1} has {len(rows[longest])} tokens and `max_new_tokens` is {steps}, but the {role}'s context "
+            f"has {side.context} positions; shorten either."
+        )
 
 # %% ../nbs/compare/40_guide.ipynb #a6269784
 def _after_batch(run: _Run, stream: RolloutStream, rows: pd.DataFrame) -> None:
     run.bar.update(len(rows))
     if not run.bar.disable and monotonic() - run.shown > 0.5:
-        run.bar.set_postfix_str(str(_result(run, _direction(stream), [stream], "interrupted").interval()))
+        run.bar.set_postfix_str(
+            str(_result(run, _direction(stream), [stream], "interrupted").interval())
+        )
         run.shown = monotonic()
     if run.saver:
-        decoded = (stream.sides[0].tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in stream.last_tokens)
-        words = [o.encode("utf-8", "replace").decode() for o in decoded]  # some decoders leave half of a character
+        decoded = (
+            stream.sides[0].tokenizer.decode(ids, skip_special_tokens=True)
+            for ids, _ in stream.last_tokens
+        )
+        words = [
+            o.encode("utf-8", "replace").decode() for o in decoded
+        ]  # some decoders leave half of a character
         tokens, steps = zip(*stream.last_tokens)
-        saved = rows.assign(direction=_direction(stream), rollout=np.arange(len(stream) - len(rows), len(stream)), completion=words,
-                            token_ids=list(tokens), step=list(steps))
-        run.saver.add(saved, lambda: plain_results({_direction(o): _result(run, _direction(o), [o], "interrupted") for o in run.streams.values() if len(o)}))
+        saved = rows.assign(
+            direction=_direction(stream),
+            rollout=np.arange(len(stream) - len(rows), len(stream)),
+            completion=words,
+            token_ids=list(tokens),
+            step=list(steps),
+        )
+        run.saver.add(
+            saved,
+            lambda: plain_results(
+                {
+                    _direction(o): _result(run, _direction(o), [o], "interrupted")
+                    for o in run.streams.values()
+                    if len(o)
+                }
+            ),
+        )
+
 
 def _result(run: _Run, name: str, streams: list[RolloutStream], reason: str) -> Result:
     "What the streams hold, as a result."
     frame = streams[0].frame if len(streams) == 1 else _paired(*(o.frame for o in streams))
     s, roles = run.settings, streams[0].roles
     kind = "none" if DIVERGENCES[s["divergence"]].chain_rule == "none" else "kl"
-    title = {"jeffreys": "J", "none": s["divergence"] + (f"[{s['alpha']:g}]" if s["divergence"] == "alpha" else ""), "kl": "KL"}[name if name == "jeffreys" else kind]
-    temperatures = dict(zip(("policy", "reference"), (s["temperature"], s["reference_temperature"])))
-    first, second = (o if temperatures[o] == 1 else f"{o} at temperature {temperatures[o]:g}" for o in roles)
-    label = f"{title}({first} || {second})" + (", mean over steps (not a divergence of the sequences)" if kind == "none" else "")
+    title = {
+        "jeffreys": "J",
+        "none": s["divergence"] + (f"[{s['alpha']:g}]" if s["divergence"] == "alpha" else ""),
+        "kl": "KL",
+    }[name if name == "jeffreys" else kind]
+    temperatures = dict(
+        zip(("policy", "reference"), (s["temperature"], s["reference_temperature"]))
+    )
+    first, second = (
+        o if temperatures[o] == 1 else f"{o} at temperature {temperatures[o]:g}" for o in roles
+    )
+    label = f"{title}({first} || {second})" + (
+        ", mean over steps (not a divergence of the sequences)" if kind == "none" else ""
+    )
     unit = TOKEN if s["divergence"] == "jensen_shannon" else "per token"
-    shape = dict(estimators=("rb",), units=(unit,)) if kind == "none" else dict(units=(SEQUENCE,)) if name == "jeffreys" else {}
-    return Result(label, "both" if len(streams) > 1 else roles[0], frame, len(run.texts), reason,
-                  _positions(streams[0]) if len(streams) == 1 else pd.DataFrame(), s["max_new_tokens"], **shape)
+    shape = (
+        dict(estimators=("rb",), units=(unit,))
+        if kind == "none"
+        else dict(units=(SEQUENCE,))
+        if name == "jeffreys"
+        else {}
+    )
+    return Result(
+        label,
+        "both" if len(streams) > 1 else roles[0],
+        frame,
+        len(run.texts),
+        reason,
+        _positions(streams[0]) if len(streams) == 1 else pd.DataFrame(),
+        s["max_new_tokens"],
+        **shape,
+    )
 
-def _direction(stream: RolloutStream) -> str: return "reverse" if stream.roles[0] == "policy" else "forward"
+
+def _direction(stream: RolloutStream) -> str:
+    return "reverse" if stream.roles[0] == "policy" else "forward"
+
 
 def _paired(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     "Rollout i of both directions together; they belong to the same prompt."
     n = min(len(ours), len(theirs))
     columns = ["length", "rb", "mc", "k3"]
-    return ours[:n].assign(**{o: ours[o].to_numpy()[:n] + theirs[o].to_numpy()[:n] for o in columns})
+    return ours[:n].assign(
+        **{o: ours[o].to_numpy()[:n] + theirs[o].to_numpy()[:n] for o in columns}
+    )
 
 # %% ../nbs/compare/40_guide.ipynb #f7fa8fde
 def _positions(stream: RolloutStream) -> pd.DataFrame:
@@ -120,87 +264,139 @@ def _positions(stream: RolloutStream) -> pd.DataFrame:
     rows = []
     for t in range(int((counts.sum(0) > 0).sum())):
         n = counts[:, t].sum()
-        if len(stream.order) > 1: i = cluster_interval(*(o[counts[:, t] > 0, t] for o in (totals, counts)))
+        if len(stream.order) > 1:
+            i = cluster_interval(*(o[counts[:, t] > 0, t] for o in (totals, counts)))
         else:
-            mean = totals[0, t]/n
-            stderr = math.sqrt(max(stream.square[t]/n - mean**2, 0.)/(n - 1)) if n > 1 else math.nan
-            i = Interval(mean, stderr, mean - 1.96*stderr, mean + 1.96*stderr, int(n))
-        rows.append(dict(position=t + 1, mean=i.mean, low=max(i.low, 0.), high=i.high, reached=n/len(stream)))
+            mean = totals[0, t] / n
+            stderr = (
+                math.sqrt(max(stream.square[t] / n - mean**2, 0.0) / (n - 1)) if n > 1 else math.nan
+            )
+            i = Interval(mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr, int(n))
+        rows.append(
+            dict(
+                position=t + 1,
+                mean=i.mean,
+                low=max(i.low, 0.0),
+                high=i.high,
+                reached=n / len(stream),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../nbs/compare/40_guide.ipynb #1d1469b7
 def _measure(run: _Run) -> Measurement:
     "Sample everything, and put the results together."
     s, P = run.settings, len(run.texts)
-    targets = {"jeffreys": list(run.streams.values())} if s["divergence"] == "jeffreys" else {k: [o] for k, o in run.streams.items()}
+    targets = (
+        {"jeffreys": list(run.streams.values())}
+        if s["divergence"] == "jeffreys"
+        else {k: [o] for k, o in run.streams.items()}
+    )
     reasons = dict.fromkeys(targets, "interrupted")
     try:
-        for name, streams in targets.items(): reasons[name] = _sample(run, name, streams, s, P)
+        for name, streams in targets.items():
+            reasons[name] = _sample(run, name, streams, s, P)
     except KeyboardInterrupt:
-        if not all(len(o) for o in targets[next(iter(targets))]): raise
-    finally: run.bar.close()
-    results = {name: _result(run, name, streams, reasons[name]) for name, streams in targets.items() if all(len(o) for o in streams)}
-    seconds = {part: sum(o.seconds[part] for o in run.streams.values()) for part in ("generation", "forward", "estimation")}
-    largest = sorted((o for stream in run.streams.values() for o in stream.largest), key=lambda o: -max(o["step"]))[:5]
+        if not all(len(o) for o in targets[next(iter(targets))]):
+            raise
+    finally:
+        run.bar.close()
+    results = {
+        name: _result(run, name, streams, reasons[name])
+        for name, streams in targets.items()
+        if all(len(o) for o in streams)
+    }
+    seconds = {
+        part: sum(o.seconds[part] for o in run.streams.values())
+        for part in ("generation", "forward", "estimation")
+    }
+    largest = sorted(
+        (o for stream in run.streams.values() for o in stream.largest),
+        key=lambda o: -max(o["step"]),
+    )[:5]
     largest = [o | dict(prompt=run.texts[o["prompt"]]) for o in largest]
     found = Measurement(results, run.about, seconds | dict(total=monotonic() - run.began), largest)
     if run.saver:
         try:
             _finish(run, found)
-        except (Exception, KeyboardInterrupt) as error:  # the numbers exist; whatever happens to the files must not lose them
-            warnings.warn(f"saving to {str(run.saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned.")
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # the numbers exist; whatever happens to the files must not lose them
+            warnings.warn(
+                f"saving to {str(run.saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned."
+            )
     return found
+
 
 def _sample(run: _Run, name: str, streams: list[RolloutStream], s: dict, P: int) -> str:
     if s["tolerance"] is None:
-        for stream in streams: draw(stream, P*(s["samples"] or math.ceil(DEFAULT_ROLLOUTS/P)))
+        for stream in streams:
+            draw(stream, P * (s["samples"] or math.ceil(DEFAULT_ROLLOUTS / P)))
         return "fixed"
+
     def rollouts(n):
-        for stream in streams: draw(stream, n)
+        for stream in streams:
+            draw(stream, n)
         result = _result(run, name, streams, "fixed")
         frame = result.rollouts[:n]
         return frame.rb, np.ones(n) if result.units[0] == SEQUENCE else frame.length
+
     return sample_until(rollouts, s["tolerance"], P, s["max_samples"])
+
 
 def _finish(run: _Run, found: Measurement) -> None:
     tables, drawings = {}, {}
     for name, o in found.results.items():
         tables |= {f"{name}-positions": o.positions, f"{name}-prompts": prompt_means(o)}
         drawings |= {f"{name}-{key}": draw for key, draw in draw_results(o).items()}
-    def shown(): return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+
+    def shown():
+        return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+
     results = plain_results(found.results) | dict(seconds=found.seconds)
     finish_saving(run.saver, found.status, results, tables, drawings, shown)
 
 # %% ../nbs/compare/40_guide.ipynb #15da7bdf
 DEFAULT_ROLLOUTS = 1024  # ours, spread over the prompts
 
+
 def measure_kl(
-    policy: str|Path|PreTrainedModel, # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
-    reference: str|Path|PreTrainedModel, # the same
-    prompts: str|Path|list|None = None, # file, Hub data set, "-", table or list; None: from the beginning of text
+    policy: str
+    | Path
+    | PreTrainedModel,  # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
+    reference: str | Path | PreTrainedModel,  # the same
+    prompts: str
+    | Path
+    | list
+    | None = None,  # file, Hub data set, "-", table or list; None: from the beginning of text
     *,
-    samples: int|None = None, # completions per prompt; None: 1,024 over all prompts
-    tolerance: str|float|None = None, # sample until the half-width is below: nats, or "5%"; None: fixed number
-    max_samples: int = 65_536, # rollouts at the most, with a tolerance; ours
-    max_new_tokens: int = 32, # T, completions are cut there; ours
-    temperature: float = 1.0, # of both sides
-    reference_temperature: float|None = None, # of the reference; None: as the policy's
-    direction: str = "reverse", # "reverse" KL(policy || reference), "forward", or "both"
-    divergence: str = "kl", # a key of `klrb.steps.DIVERGENCES`, or js, tv, chi2, hellinger
-    alpha: float = 0.5, # order of the "alpha" divergence, as in `step_divergence`
-    end_tokens: list[str]|str|None = None, # tokens that end a completion; None: all that end either model's
-    chat: bool = False, # apply the chat template
-    policy_prefix: str = "", # before every prompt on this side; with `chat`, the system message
-    reference_prefix: str = "", # the same on the other side
-    column: str|None = None, # of prompt files with columns; None: "prompt" or "text"
-    tokenizer: PreTrainedTokenizerBase|None = None, # of loaded models; None: by the model's name
-    dtype: str = "float32", # of the weights; see `load_named`
-    device: str = "auto", # CUDA, MPS or CPU, whichever is there
-    trust_remote_code: bool = False, # run code that comes with a checkpoint
-    batch_tokens: int = 4096, # prompt and completion tokens at a time: bounds the memory; ours
-    seed: int = 0, # of prompts' order and sampling
-    save: str|Path|None = None, # folder for tables, figures and rollouts
-    progress: bool|None = None, # progress bar; None: in a terminal
+    samples: int | None = None,  # completions per prompt; None: 1,024 over all prompts
+    tolerance: str
+    | float
+    | None = None,  # sample until the half-width is below: nats, or "5%"; None: fixed number
+    max_samples: int = 65_536,  # rollouts at the most, with a tolerance; ours
+    max_new_tokens: int = 32,  # T, completions are cut there; ours
+    temperature: float = 1.0,  # of both sides
+    reference_temperature: float | None = None,  # of the reference; None: as the policy's
+    direction: str = "reverse",  # "reverse" KL(policy || reference), "forward", or "both"
+    divergence: str = "kl",  # a key of `klrb.steps.DIVERGENCES`, or js, tv, chi2, hellinger
+    alpha: float = 0.5,  # order of the "alpha" divergence, as in `step_divergence`
+    end_tokens: list[str]
+    | str
+    | None = None,  # tokens that end a completion; None: all that end either model's
+    chat: bool = False,  # apply the chat template
+    policy_prefix: str = "",  # before every prompt on this side; with `chat`, the system message
+    reference_prefix: str = "",  # the same on the other side
+    column: str | None = None,  # of prompt files with columns; None: "prompt" or "text"
+    tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
+    dtype: str = "float32",  # of the weights; see `load_named`
+    device: str = "auto",  # CUDA, MPS or CPU, whichever is there
+    trust_remote_code: bool = False,  # run code that comes with a checkpoint
+    batch_tokens: int = 4096,  # prompt and completion tokens at a time: bounds the memory; ours
+    seed: int = 0,  # of prompts' order and sampling
+    save: str | Path | None = None,  # folder for tables, figures and rollouts
+    progress: bool | None = None,  # progress bar; None: in a terminal
 ) -> Measurement:
     """Divergence of two language models over sampled completions, with intervals that count prompts. Raises `ValueError` on bad input."""
     given = dict(locals())

@@ -21,8 +21,17 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel,
-                          LogitsProcessorList, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import InputError, MachineError
 from .fused import LMHead
@@ -35,49 +44,71 @@ __all__ = ['POCKET', 'POSITION_FIELDS', 'FROM_PADDING', 'pocket_training', 'pock
            'sample_rollouts', 'completion_logits', 'token_logprobs', 'lm_head', 'check_lm_head', 'completion_hidden']
 
 # %% ../nbs/compare/41_models.ipynb #af8d3452
-POCKET = Path(__file__).parent/"assets"/"pocket" if "__file__" in globals() else Path("../../klrb/assets/pocket")
+POCKET = (
+    Path(__file__).parent / "assets" / "pocket"
+    if "__file__" in globals()
+    else Path("../../klrb/assets/pocket")
+)
 
-def pocket_training() -> dict: # held-out bits per character, tokens, updates, parameters, sha256
+
+def pocket_training() -> dict:  # held-out bits per character, tokens, updates, parameters, sha256
     "What the training of the shipped pocket model recorded."
-    return json.loads((POCKET/"training.json").read_text())
+    return json.loads((POCKET / "training.json").read_text())
 
-def pocket_folder() -> Path: # config, weights, tokenizer
+
+def pocket_folder() -> Path:  # config, weights, tokenizer
     "Where the shipped pocket model lies. Raises `ValueError` when its weights are damaged."
-    found = hashlib.sha256((POCKET/"model.safetensors").read_bytes()).hexdigest()
+    found = hashlib.sha256((POCKET / "model.safetensors").read_bytes()).hexdigest()
     if found != (expected := pocket_training()["sha256"]):
-        raise InputError(f"the pocket model has sha256 {found[:12]}…, expected {expected[:12]}…; reinstall klrb.")
+        raise InputError(
+            f"the pocket model has sha256 {found[:12]}…, expected {expected[:12]}…; reinstall klrb."
+        )
     return POCKET
 
 # %% ../nbs/compare/41_models.ipynb #cc4c1a5b
 def cached_model(
-    gguf: str | Path, # GGUF file of a causal language model
-    cache: str | Path | None = None, # folder of all cached models; None: $KLRB_MODELS, or klrb in the user's cache folder
-) -> Path: # folder with config, safetensors and tokenizer
+    gguf: str | Path,  # GGUF file of a causal language model
+    cache: str
+    | Path
+    | None = None,  # folder of all cached models; None: $KLRB_MODELS, or klrb in the user's cache folder
+) -> Path:  # folder with config, safetensors and tokenizer
     "The dequantised model of a GGUF file, made on first use. Raises `OSError` when it cannot be written."
-    gguf, cache = Path(gguf), Path(cache or os.environ.get("KLRB_MODELS") or user_cache_path("klrb"))
-    folder = cache/f"{gguf.stem}-{hashlib.sha256(gguf.read_bytes()).hexdigest()[:12]}"
-    if folder.is_dir(): return folder
+    gguf, cache = (
+        Path(gguf),
+        Path(cache or os.environ.get("KLRB_MODELS") or user_cache_path("klrb")),
+    )
+    folder = cache / f"{gguf.stem}-{hashlib.sha256(gguf.read_bytes()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
     partial = folder.with_name(folder.name + ".part")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(folder.name + ".lock")):
-            if folder.is_dir(): return folder  # another process made it
+            if folder.is_dir():
+                return folder  # another process made it
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             try:
                 _dequantise(gguf, partial)
                 os.replace(partial, folder)
-            finally: shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise MachineError(f"caching {gguf.name} in `{cache}` failed ({str(error).splitlines()[0]}); it needs about "
-                      f"{6*gguf.stat().st_size/1e6:.0f} MB. Free some space, or set KLRB_MODELS to another folder.") from error
+        raise MachineError(
+            f"caching {gguf.name} in `{cache}` failed ({str(error).splitlines()[0]}); it needs about "
+            f"{6 * gguf.stat().st_size / 1e6:.0f} MB. Free some space, or set KLRB_MODELS to another folder."
+        ) from error
     return folder
 
+
 def _dequantise(gguf: Path, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+    )
     with redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
         found, _ = load_gguf(gguf, trust_remote_code=False)
     config = found.config
-    if hasattr(config, "quantization_config"): del config.quantization_config  # it has been undone
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # it has been undone
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(found.state_dict())
     model.generation_config = found.generation_config
@@ -85,44 +116,75 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 # %% ../nbs/compare/41_models.ipynb #5b7f903b
-def _resolve(name: str) -> dict: # which files `from_pretrained` takes
-    if name in {"pocket", "tiny-random"}: where, revision = str(pocket_folder()), "main"
-    elif name == "smollm2-135m": where, revision = str(cached_model(packaged_file(name))), "main"
-    else: where, revision = split_revision(name)
+def _resolve(name: str) -> dict:  # which files `from_pretrained` takes
+    if name in {"pocket", "tiny-random"}:
+        where, revision = str(pocket_folder()), "main"
+    elif name == "smollm2-135m":
+        where, revision = str(cached_model(packaged_file(name))), "main"
+    else:
+        where, revision = split_revision(name)
     return dict(pretrained_model_name_or_path=where, revision=revision)
 
+
 def load_tokenizer(
-    name: str, # "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id
-) -> PreTrainedTokenizerBase: # padded on the left, with a padding token
+    name: str,  # "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id
+) -> PreTrainedTokenizerBase:  # padded on the left, with a padding token
     "The tokenizer of a model, ready for batched generation. Raises `ValueError` when it cannot be loaded, `OSError` when a package is missing."
     where = _resolve(name)
-    try: tokenizer = AutoTokenizer.from_pretrained(**where, padding_side="left", trust_remote_code=False)
-    except OSError as error: raise _cannot_load("tokenizer", name, error) from error
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where, padding_side="left", trust_remote_code=False
+        )
+    except OSError as error:
+        raise _cannot_load("tokenizer", name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
+
 def _cannot_load(what: str, name: str, error: Exception) -> ValueError:
-    return InputError(f"`model` is {name!r}, which is no preset (pocket, smollm2-135m, tiny-random), and loading its {what} failed "
-                      f"({str(error).splitlines()[0]}). Give a local folder with safetensors, or a Hub id and a network.")
+    return InputError(
+        f"`model` is {name!r}, which is no preset (pocket, smollm2-135m, tiny-random), and loading its {what} failed "
+        f"({str(error).splitlines()[0]}). Give a local folder with safetensors, or a Hub id and a network."
+    )
 
 # %% ../nbs/compare/41_models.ipynb #1b631728
 def load_model(
-    name: str, # "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id
-    seed: int = 0, # of the weights of "tiny-random"
-) -> PreTrainedModel: # in float32, in evaluation mode, without dropout
+    name: str,  # "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id
+    seed: int = 0,  # of the weights of "tiny-random"
+) -> PreTrainedModel:  # in float32, in evaluation mode, without dropout
     "Load a causal language model from safetensors. Raises `ValueError` when it cannot be loaded, `OSError` when a package is missing."
-    if name == "tiny-random": return _tiny_random(seed).eval()
+    if name == "tiny-random":
+        return _tiny_random(seed).eval()
     where = _resolve(name)
-    try: model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    except OSError as error: raise _cannot_load("weights", name, error) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        raise _cannot_load("weights", name, error) from error
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout): module.p = 0.
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     return model.eval()
+
 
 def _tiny_random(seed: int) -> PreTrainedModel:
     pocket = GPT2Config.from_pretrained(POCKET)
-    config = GPT2Config(vocab_size=pocket.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3,
-                        resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    config = GPT2Config(
+        vocab_size=pocket.vocab_size,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2LMHeadModel(config)
@@ -131,38 +193,65 @@ def _tiny_random(seed: int) -> PreTrainedModel:
 
 # %% ../nbs/compare/41_models.ipynb #b3926d99
 def check_same_tokenizer(
-    policy_tokenizer: PreTrainedTokenizerBase, # of the policy
-    ref_tokenizer: PreTrainedTokenizerBase, # of the reference
-    special: bool = True, # texts must also begin and end with the same tokens
+    policy_tokenizer: PreTrainedTokenizerBase,  # of the policy
+    ref_tokenizer: PreTrainedTokenizerBase,  # of the reference
+    special: bool = True,  # texts must also begin and end with the same tokens
 ) -> None:
     "Raise `ValueError`, showing the first differences, unless vocabulary and special ids are the same."
     ours, theirs = policy_tokenizer.get_vocab(), ref_tokenizer.get_vocab()
     if ours != theirs:
         differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-        shown = "; ".join(f"{t!r}: {ours.get(t, 'absent')} and {theirs.get(t, 'absent')}" for t in differing[:3])
-        raise InputError(f"policy and reference tokenizers differ in {len(differing):,} entries ({shown}); "
-                         "a KL divergence needs one vocabulary: take both models from one base.")
-    for name in ("bos_token_id", "eos_token_id")*special:
+        shown = "; ".join(
+            f"{t!r}: {ours.get(t, 'absent')} and {theirs.get(t, 'absent')}" for t in differing[:3]
+        )
+        raise InputError(
+            f"policy and reference tokenizers differ in {len(differing):,} entries ({shown}); "
+            "a KL divergence needs one vocabulary: take both models from one base."
+        )
+    for name in ("bos_token_id", "eos_token_id") * special:
         if getattr(policy_tokenizer, name) != getattr(ref_tokenizer, name):
-            raise InputError(f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
-                             f"{getattr(ref_tokenizer, name)} for the reference; completions would end at different tokens.")
+            raise InputError(
+                f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
+                f"{getattr(ref_tokenizer, name)} for the reference; completions would end at different tokens."
+            )
 
-POSITION_FIELDS = ("max_position_embeddings", "n_positions", "n_ctx", "max_target_positions", "max_seq_len",
-                   "max_sequence_length", "seq_length", "context_length")  # names of one thing
-FROM_PADDING = ("roberta", "roberta-prelayernorm", "camembert", "xlm-roberta", "xlm-roberta-xl", "xmod",
-                "data2vec-text", "prophetnet")  # positions are counted from the padding id + 1
+
+POSITION_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_target_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "context_length",
+)  # names of one thing
+FROM_PADDING = (
+    "roberta",
+    "roberta-prelayernorm",
+    "camembert",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+    "data2vec-text",
+    "prophetnet",
+)  # positions are counted from the padding id + 1
+
 
 def _same_attention(text: PreTrainedConfig) -> int | None:
     "Longest sequence that is read with full attention, of models that go over to another kind beyond it."
-    if "lsh" in (layers := getattr(text, "attn_layers", None) or ()) or "local" in layers:  # Reformer
+    if (
+        "lsh" in (layers := getattr(text, "attn_layers", None) or ()) or "local" in layers
+    ):  # Reformer
         return min(getattr(text, f"{o}_attn_chunk_length") for o in set(layers))
     if text.model_type == "big_bird" and text.attention_type == "block_sparse":
         return (5 + 2 * text.num_random_blocks) * text.block_size
     return getattr(text, "keep_window_size", None)  # Doge
 
+
 def context_length(
-    config: PreTrainedConfig, # of a model, nested or not
-) -> int | None: # positions that the language model can read; None: no limit is known
+    config: PreTrainedConfig,  # of a model, nested or not
+) -> int | None:  # positions that the language model can read; None: no limit is known
     "The context of a language model, whatever its configuration calls it."
     text = config.get_text_config(decoder=True)
     given = (getattr(text, name, None) for name in POSITION_FIELDS)
@@ -171,18 +260,21 @@ def context_length(
         found = found - 1 - (text.pad_token_id or 0)
     return min((o for o in (found, _same_attention(text)) if o is not None), default=None)
 
+
 def check_context(
-    model: PreTrainedModel, # policy or reference
-    tokenizer: PreTrainedTokenizerBase, # of the model
-    prompts: list[str], # to be completed
-    max_completion_length: int, # tokens to generate at the most
+    model: PreTrainedModel,  # policy or reference
+    tokenizer: PreTrainedTokenizerBase,  # of the model
+    prompts: list[str],  # to be completed
+    max_completion_length: int,  # tokens to generate at the most
 ) -> None:
     "Raise `ValueError` unless every prompt and its completion fit the model's context."
     context = context_length(model.config)
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
     if context is not None and max(lengths) + max_completion_length > context:
-        raise InputError(f"the longest prompt has {max(lengths)} tokens and `max_completion_length` is {max_completion_length}, "
-                         f"but the context has {context} positions; shorten either.")
+        raise InputError(
+            f"the longest prompt has {max(lengths)} tokens and `max_completion_length` is {max_completion_length}, "
+            f"but the context has {context} positions; shorten either."
+        )
 
 # %% ../nbs/compare/41_models.ipynb #f2b60c99
 @dataclass
@@ -200,34 +292,63 @@ class Rollouts:
 # %% ../nbs/compare/41_models.ipynb #7e2aa2e1
 @torch.no_grad()
 def sample_completions(
-    policy: PreTrainedModel, # sampled from
-    prompt_ids: Tensor, # (B, P), padded on the left
-    prompt_mask: Tensor, # (B, P)
-    max_completion_length: int, # T, tokens
-    temperature: float, # the policy's
-    eos_token_ids: list[int], # tokens that end a completion
-    pad_token_id: int, # follows the end; may be one of them
-    logits_processor: LogitsProcessorList|None = None, # applied to the logits of every step
-    bare: bool = False, # read token ids alone, all of them at every step; for rows without padding
-) -> tuple[Tensor, Tensor]: # completion ids, padded on the right, and 1 up to and including the first end, (B, T) each
+    policy: PreTrainedModel,  # sampled from
+    prompt_ids: Tensor,  # (B, P), padded on the left
+    prompt_mask: Tensor,  # (B, P)
+    max_completion_length: int,  # T, tokens
+    temperature: float,  # the policy's
+    eos_token_ids: list[int],  # tokens that end a completion
+    pad_token_id: int,  # follows the end; may be one of them
+    logits_processor: LogitsProcessorList | None = None,  # applied to the logits of every step
+    bare: bool = False,  # read token ids alone, all of them at every step; for rows without padding
+) -> tuple[
+    Tensor, Tensor
+]:  # completion ids, padded on the right, and 1 up to and including the first end, (B, T) each
     "Sample one completion per row from the policy itself: no top-k, no top-p, no penalties. Uses torch's global generator."
     if bare:
-        full = _sample_bare(policy, prompt_ids, max_completion_length, temperature, eos_token_ids, pad_token_id,
-                            logits_processor or LogitsProcessorList())
+        full = _sample_bare(
+            policy,
+            prompt_ids,
+            max_completion_length,
+            temperature,
+            eos_token_ids,
+            pad_token_id,
+            logits_processor or LogitsProcessorList(),
+        )
         return _completions(full, prompt_ids, eos_token_ids)
-    settings = GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_completion_length,
-                                eos_token_id=eos_token_ids, pad_token_id=pad_token_id)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_completion_length,
+        eos_token_id=eos_token_ids,
+        pad_token_id=pad_token_id,
+    )
     its_own, policy.generation_config = policy.generation_config, settings
-    try: full = policy.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=settings, logits_processor=logits_processor)
-    finally: policy.generation_config = its_own
+    try:
+        full = policy.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=settings,
+            logits_processor=logits_processor,
+        )
+    finally:
+        policy.generation_config = its_own
     return _completions(full, prompt_ids, eos_token_ids)
 
-def _completions(full: Tensor, prompt_ids: Tensor, eos_token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    completion_ids = full[:, prompt_ids.shape[1]:]  # (B, T)
+
+def _completions(
+    full: Tensor, prompt_ids: Tensor, eos_token_ids: list[int]
+) -> tuple[Tensor, Tensor]:
+    completion_ids = full[:, prompt_ids.shape[1] :]  # (B, T)
     ends = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=full.device)).long()
     return completion_ids, (ends.cumsum(1) - ends == 0).long()
 
-def _sample_bare(policy, ids, steps, temperature, eos_token_ids, pad_token_id, processors) -> Tensor: # (B, P + T)
+
+def _sample_bare(
+    policy, ids, steps, temperature, eos_token_ids, pad_token_id, processors
+) -> Tensor:  # (B, P + T)
     "Without cache, mask and positions: for models whose `generate` and `forward` do not agree about them."
     ends = torch.tensor(eos_token_ids, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
@@ -236,18 +357,19 @@ def _sample_bare(policy, ids, steps, temperature, eos_token_ids, pad_token_id, p
         chosen = torch.multinomial((scores / temperature).softmax(-1), 1).squeeze(1)
         chosen = chosen.masked_fill(ended, pad_token_id)
         ids, ended = torch.cat([ids, chosen[:, None]], 1), ended | torch.isin(chosen, ends)
-        if ended.all(): break
+        if ended.all():
+            break
     return ids
 
 # %% ../nbs/compare/41_models.ipynb #cb296a03
 def sample_rollouts(
-    policy: PreTrainedModel, # sampled from
-    tokenizer: PreTrainedTokenizerBase, # padded on the left
-    prompts: list[str], # distinct or not
-    num_completions: int = 1, # K, per prompt; rows of one prompt are adjacent
-    max_completion_length: int = 24, # T, tokens
-    temperature: float = 1.0, # the policy's
-) -> Rollouts: # K rows per prompt
+    policy: PreTrainedModel,  # sampled from
+    tokenizer: PreTrainedTokenizerBase,  # padded on the left
+    prompts: list[str],  # distinct or not
+    num_completions: int = 1,  # K, per prompt; rows of one prompt are adjacent
+    max_completion_length: int = 24,  # T, tokens
+    temperature: float = 1.0,  # the policy's
+) -> Rollouts:  # K rows per prompt
     """Sample completions from the policy itself, see `sample_completions`.
 
     Uses torch's global generator, so seed it first. Raises `ValueError` when prompt and completion exceed the context.
@@ -255,84 +377,124 @@ def sample_rollouts(
     check_context(policy, tokenizer, prompts, max_completion_length)
     rows = [prompt for prompt in prompts for _ in range(num_completions)]
     batch = tokenizer(rows, return_tensors="pt", padding=True).to(policy.device)
-    completion_ids, completion_mask = sample_completions(policy, batch.input_ids, batch.attention_mask, max_completion_length, temperature,
-                                                         [tokenizer.eos_token_id], tokenizer.pad_token_id)
+    completion_ids, completion_mask = sample_completions(
+        policy,
+        batch.input_ids,
+        batch.attention_mask,
+        max_completion_length,
+        temperature,
+        [tokenizer.eos_token_id],
+        tokenizer.pad_token_id,
+    )
     kept = [ids[mask].tolist() for ids, mask in zip(completion_ids, completion_mask.bool())]
-    return Rollouts(batch.input_ids, batch.attention_mask, completion_ids, completion_mask, rows,
-                    tokenizer.batch_decode(kept, skip_special_tokens=True),
-                    torch.arange(len(prompts), device=policy.device).repeat_interleave(num_completions))
+    return Rollouts(
+        batch.input_ids,
+        batch.attention_mask,
+        completion_ids,
+        completion_mask,
+        rows,
+        tokenizer.batch_decode(kept, skip_special_tokens=True),
+        torch.arange(len(prompts), device=policy.device).repeat_interleave(num_completions),
+    )
 
 # %% ../nbs/compare/41_models.ipynb #a875a350
-def causal_lm(model: PreTrainedModel) -> PreTrainedModel: # the language model itself; a PEFT model's layers stay adapted
+def causal_lm(
+    model: PreTrainedModel,
+) -> PreTrainedModel:  # the language model itself; a PEFT model's layers stay adapted
     "The causal language model inside a PEFT model, or the model."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/compare/41_models.ipynb #bdd53792
-def step_inputs(prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> dict[str, Tensor]:
+def step_inputs(
+    prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+) -> dict[str, Tensor]:
     "What a model reads to score a completion, (B, P + T - 1) each: the step at index P - 1 + t chooses completion token t."
     attention_mask = torch.cat([prompt_mask, completion_mask[:, :-1]], 1)
-    return dict(input_ids=torch.cat([prompt_ids, completion_ids[:, :-1]], 1), attention_mask=attention_mask,
-                position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0))
+    return dict(
+        input_ids=torch.cat([prompt_ids, completion_ids[:, :-1]], 1),
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+    )
+
 
 def accepted_inputs(
-    module: torch.nn.Module, # a language model
-    inputs: dict, # what it could be given
-) -> dict: # what its `forward` has a name for
+    module: torch.nn.Module,  # a language model
+    inputs: dict,  # what it could be given
+) -> dict:  # what its `forward` has a name for
     "Leave out what a model does not know: Bart's decoder has no `position_ids`, BLOOM no `logits_to_keep`."
     names = inspect.signature(module.forward).parameters
     return {k: v for k, v in inputs.items() if k in names} if "input_ids" in names else inputs
 
+
 def bare_logits(
-    model: PreTrainedModel, # policy or reference
-    input_ids: Tensor, # (B, L), without padding
-) -> Tensor: # (B, L, V)
+    model: PreTrainedModel,  # policy or reference
+    input_ids: Tensor,  # (B, L), without padding
+) -> Tensor:  # (B, L, V)
     "The model's own answer to token ids alone."
-    return model(**accepted_inputs(causal_lm(model), dict(input_ids=input_ids, use_cache=False))).logits
+    return model(
+        **accepted_inputs(causal_lm(model), dict(input_ids=input_ids, use_cache=False))
+    ).logits
 
 # %% ../nbs/compare/41_models.ipynb #b7915b7f
 def completion_logits(
-    model: PreTrainedModel, # policy or reference
-    prompt_ids: Tensor, # (B, P), padded on the left
-    prompt_mask: Tensor, # (B, P)
-    completion_ids: Tensor, # (B, T), padded on the right
-    completion_mask: Tensor, # (B, T)
-    temperature: float = 1.0, # both models' logits are divided by it
-    bare: bool = False, # read token ids alone; for prompts without padding
-) -> Tensor: # logits of the step that chose each completion token, (B, T, V)
+    model: PreTrainedModel,  # policy or reference
+    prompt_ids: Tensor,  # (B, P), padded on the left
+    prompt_mask: Tensor,  # (B, P)
+    completion_ids: Tensor,  # (B, T), padded on the right
+    completion_mask: Tensor,  # (B, T)
+    temperature: float = 1.0,  # both models' logits are divided by it
+    bare: bool = False,  # read token ids alone; for prompts without padding
+) -> Tensor:  # logits of the step that chose each completion token, (B, T, V)
     "Teacher-forced logits of a completion, at the positions that generation used."
     inputs = step_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
-    if bare: inputs = dict(input_ids=inputs["input_ids"])
+    if bare:
+        inputs = dict(input_ids=inputs["input_ids"])
     inputs |= dict(use_cache=False, logits_to_keep=completion_ids.shape[1])
     logits = model(**accepted_inputs(causal_lm(model), inputs)).logits
-    return logits[:, -completion_ids.shape[1]:] / temperature  # a model may ignore `logits_to_keep`
+    return (
+        logits[:, -completion_ids.shape[1] :] / temperature
+    )  # a model may ignore `logits_to_keep`
+
 
 def token_logprobs(
-    logits: Tensor, # (B, T, V)
-    completion_ids: Tensor, # (B, T)
-) -> Tensor: # log-probability of each completion token in nats, (B, T), at least float32
+    logits: Tensor,  # (B, T, V)
+    completion_ids: Tensor,  # (B, T)
+) -> Tensor:  # log-probability of each completion token in nats, (B, T), at least float32
     "Log-probabilities of the sampled tokens."
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.gather(-1, completion_ids[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 # %% ../nbs/compare/41_models.ipynb #33812e04
 def lm_head(
-    model: PreTrainedModel, # a causal language model, or a PEFT model around one
-) -> LMHead: # weight (V, H), bias, scale and soft cap: all between the last hidden state and the logits
+    model: PreTrainedModel,  # a causal language model, or a PEFT model around one
+) -> (
+    LMHead
+):  # weight (V, H), bias, scale and soft cap: all between the last hidden state and the logits
     "The head of a language model, sharing its parameters. Raises `ValueError` for a head that is more than one matrix."
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if hasattr(head, "base_layer"):
-        raise InputError("`model` has an adapter on its head, which `lm_head` would leave out; take the head out of the adapter's "
-                         "`target_modules`, or train it in full (`modules_to_save`).")
+        raise InputError(
+            "`model` has an adapter on its head, which `lm_head` would leave out; take the head out of the adapter's "
+            "`target_modules`, or train it in full (`modules_to_save`)."
+        )
     if getattr(head, "weight", None) is None or head.weight.dim() != 2:
-        raise InputError(f"`model` has the head {type(head).__name__}, without a weight of shape (V, H); the fused kernel needs one.")
-    scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))  # Cohere; Granite
-    return LMHead(head.weight, getattr(head, "bias", None), scale if scale is not None else 1 / (divisor or 1.),
-                  getattr(config, "final_logit_softcapping", None))  # Gemma 2
+        raise InputError(
+            f"`model` has the head {type(head).__name__}, without a weight of shape (V, H); the fused kernel needs one."
+        )
+    scale, divisor = (
+        getattr(config, name, None) for name in ("logit_scale", "logits_scaling")
+    )  # Cohere; Granite
+    return LMHead(
+        head.weight,
+        getattr(head, "bias", None),
+        scale if scale is not None else 1 / (divisor or 1.0),
+        getattr(config, "final_logit_softcapping", None),
+    )  # Gemma 2
 
 # %% ../nbs/compare/41_models.ipynb #51fe38b6
 @torch.no_grad()
 def check_lm_head(
-    model: PreTrainedModel, # policy or reference
+    model: PreTrainedModel,  # policy or reference
 ) -> None:
     "Raise `ValueError` unless `lm_head` and the last hidden state give the model's own logits."
     base, head = causal_lm(model), lm_head(model)
@@ -341,20 +503,26 @@ def check_lm_head(
     hidden = getattr(base.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
     if hidden is not None and hidden.shape[-1] == head.weight.shape[1]:
         ours = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias) * head.logit_scale
-        if head.softcap: ours = head.softcap * torch.tanh(ours / head.softcap)
-        if (ours - logits).abs().max() < 0.02 * logits.abs().max(): return  # a wrong factor is far outside, bfloat16 inside
-    raise InputError(f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
-                     "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states.")
+        if head.softcap:
+            ours = head.softcap * torch.tanh(ours / head.softcap)
+        if (ours - logits).abs().max() < 0.02 * logits.abs().max():
+            return  # a wrong factor is far outside, bfloat16 inside
+    raise InputError(
+        f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
+        "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states."
+    )
 
 # %% ../nbs/compare/41_models.ipynb #c3dd3cdb
 def completion_hidden(
-    model: PreTrainedModel, # policy or reference
-    prompt_ids: Tensor, # (B, P), padded on the left
-    prompt_mask: Tensor, # (B, P)
-    completion_ids: Tensor, # (B, T), padded on the right
-    completion_mask: Tensor, # (B, T)
-) -> Tensor: # last hidden state of the step that chose each completion token, (B, T, H)
+    model: PreTrainedModel,  # policy or reference
+    prompt_ids: Tensor,  # (B, P), padded on the left
+    prompt_mask: Tensor,  # (B, P)
+    completion_ids: Tensor,  # (B, T), padded on the right
+    completion_mask: Tensor,  # (B, T)
+) -> Tensor:  # last hidden state of the step that chose each completion token, (B, T, H)
     "What `lm_head` turns into the logits of a completion, at the positions that generation used."
     inputs = step_inputs(prompt_ids, prompt_mask, completion_ids, completion_mask)
     base = causal_lm(model).base_model
-    return base(**accepted_inputs(base, inputs | dict(use_cache=False))).last_hidden_state[:, prompt_ids.shape[1] - 1:]
+    return base(**accepted_inputs(base, inputs | dict(use_cache=False))).last_hidden_state[
+        :, prompt_ids.shape[1] - 1 :
+    ]

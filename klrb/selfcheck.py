@@ -18,8 +18,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import InputError
-from .models import (bare_logits, causal_lm, completion_logits, context_length,
-                         sample_completions)
+from klrb.models import (
+    bare_logits,
+    causal_lm,
+    completion_logits,
+    context_length,
+    sample_completions,
+)
 
 # %% auto #0
 __all__ = ['ENCODER_DECODERS', 'ScoringCheck', 'rotary_switch', 'check_lengths', 'check_scoring', 'known_scoring']
@@ -28,59 +33,72 @@ __all__ = ['ENCODER_DECODERS', 'ScoringCheck', 'rotary_switch', 'check_lengths',
 @dataclass(frozen=True)
 class ScoringCheck:
     "How a causal language model must be sampled and scored."
-    equal_lengths: bool # all prompts of a batch must have one length
-    switch: int|None # no batch, and no rollout, may have lengths on both sides of it; None: no such length
-    bare: bool = False # the model must read token ids alone; see `sample_completions`
-    deviation: float = 0. # largest change of the logits by padding, relative to their spread
+
+    equal_lengths: bool  # all prompts of a batch must have one length
+    switch: (
+        int | None
+    )  # no batch, and no rollout, may have lengths on both sides of it; None: no such length
+    bare: bool = False  # the model must read token ids alone; see `sample_completions`
+    deviation: float = 0.0  # largest change of the logits by padding, relative to their spread
 
     def group(
         self,
-        length: int, # of a prompt or sequence
-    ) -> int: # equal for sequences that may share a batch
+        length: int,  # of a prompt or sequence
+    ) -> int:  # equal for sequences that may share a batch
         "Which batch a sequence belongs to."
-        if self.equal_lengths: return length
+        if self.equal_lengths:
+            return length
         return int(self.switch is not None and length > self.switch)
 
 # %% ../nbs/compare/42_selfcheck.ipynb #4a18d3d6
 def rotary_switch(
-    config: PreTrainedConfig, # of a model
-) -> int|None: # the last length with the short factors; None: the factors do not depend on the length
+    config: PreTrainedConfig,  # of a model
+) -> (
+    int | None
+):  # the last length with the short factors; None: the factors do not depend on the length
     "Where the rotary factors of a model change with the length of what it reads."
     text = config.get_text_config(decoder=True)
     found = []
     for name in ("rope_parameters", "rope_scaling"):
         given = getattr(text, name, None) or {}
         for o in (given, *given.values()):  # by kind of layer, in some models
-            if not isinstance(o, dict): continue
+            if not isinstance(o, dict):
+                continue
             kind = o.get("rope_type", o.get("type"))
-            if kind not in ("longrope", "su") and "long_factor" not in o: continue
+            if kind not in ("longrope", "su") and "long_factor" not in o:
+                continue
             own = o.get("original_max_position_embeddings")
             found.append(own or getattr(text, "original_max_position_embeddings", None))
     return min((o for o in found if o), default=None)
 
+
 def check_lengths(
-    check: ScoringCheck, # of a model
-    rows: list[list[int]], # token ids of prompts
-    max_new_tokens: int, # tokens to generate at the most
-    role: str = "model", # whose check it is
+    check: ScoringCheck,  # of a model
+    rows: list[list[int]],  # token ids of prompts
+    max_new_tokens: int,  # tokens to generate at the most
+    role: str = "model",  # whose check it is
 ) -> None:
     "Raise `ValueError` when a rollout could cross the length at which the rotary factors change."
-    if check.switch is None: return
+    if check.switch is None:
+        return
     for number, row in enumerate(rows, 1):
         if len(row) <= check.switch < len(row) + max_new_tokens:
-            raise InputError(f"prompt {number} has {len(row)} tokens and `max_new_tokens` is {max_new_tokens}, which crosses "
-                             f"{check.switch} positions, where the rotary factors of the {role} change (longrope): the steps "
-                             "before would be scored by another model than was sampled. Give at most "
-                             f"{check.switch - len(row)} new tokens, or longer prompts.")
+            raise InputError(
+                f"prompt {number} has {len(row)} tokens and `max_new_tokens` is {max_new_tokens}, which crosses "
+                f"{check.switch} positions, where the rotary factors of the {role} change (longrope): the steps "
+                "before would be scored by another model than was sampled. Give at most "
+                f"{check.switch - len(row)} new tokens, or longer prompts."
+            )
 
 # %% ../nbs/compare/42_selfcheck.ipynb #7b15fe3b
 class _Probe(NamedTuple):
     prompts: list[list[int]]
-    completions: list[list[int]] # T tokens each
-    padding: tuple[int, int] # an ordinary token, and the model's own for padding
+    completions: list[list[int]]  # T tokens each
+    padding: tuple[int, int]  # an ordinary token, and the model's own for padding
 
-    def rows(self) -> list[list[int]]: # what a model reads to score them
+    def rows(self) -> list[list[int]]:  # what a model reads to score them
         return [p + c[:-1] for p, c in zip(self.prompts, self.completions)]
+
 
 def _reserved(config: PreTrainedConfig) -> set[int]:
     "Ids with a meaning to the model itself."
@@ -90,6 +108,7 @@ def _reserved(config: PreTrainedConfig) -> set[int]:
             if name.endswith(("token_id", "token_index")):
                 found |= set(value) if isinstance(value, (list, tuple)) else {value}
     return found
+
 
 def _make_probe(model: PreTrainedModel, lengths: list[int], steps: int) -> _Probe:
     config = model.config.get_text_config(decoder=True)
@@ -101,11 +120,15 @@ def _make_probe(model: PreTrainedModel, lengths: list[int], steps: int) -> _Prob
     if len(set(lengths)) > 1:
         last = lengths[1] + steps - 2  # of what is read of the second row
         rows[1][:last] = rows[0][:last]
-        if rows[1][last] == rows[0][last]: rows[1][last] = next(o for o in [*usable, 0, 1] if o != rows[0][last])
+        if rows[1][last] == rows[0][last]:
+            rows[1][last] = next(o for o in [*usable, 0, 1] if o != rows[0][last])
     pads = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None), 0)
     pad = next((o for o in pads if isinstance(o, int) and 0 <= o < config.vocab_size), 0)
-    return _Probe([row[:n] for row, n in zip(rows, lengths)],
-                  [row[n:n + steps] for row, n in zip(rows, lengths)], (usable[len(usable)//2], pad))
+    return _Probe(
+        [row[:n] for row, n in zip(rows, lengths)],
+        [row[n : n + steps] for row, n in zip(rows, lengths)],
+        (usable[len(usable) // 2], pad),
+    )
 
 # %% ../nbs/compare/42_selfcheck.ipynb #b6969769
 @contextmanager
@@ -114,139 +137,209 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
     devices = [model.device.index or 0] if model.device.type == "cuda" else []
     try:
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices): yield
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
     finally:
-        for module, mode in modes: module.training = mode
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../nbs/compare/42_selfcheck.ipynb #9769071f
-def _deviation(found: Tensor, wanted: Tensor) -> Tensor: # (L, V) each -> (L,), at least float32
+def _deviation(found: Tensor, wanted: Tensor) -> Tensor:  # (L, V) each -> (L,), at least float32
     found, wanted = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (found, wanted))
     broken = (found.isnan() & ~wanted.isnan()).any(-1)
-    change = torch.where(found == wanted, 0., found - wanted)  # -inf is equal to itself
+    change = torch.where(found == wanted, 0.0, found - wanted)  # -inf is equal to itself
     spread = wanted.masked_fill(wanted.isinf(), torch.nan)
     spread = (spread - spread.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
     change = (change - change.mean(-1, keepdim=True)).square().mean(-1).sqrt()
-    return torch.where(change == 0, 0., change/spread).masked_fill(broken, torch.inf)
+    return torch.where(change == 0, 0.0, change / spread).masked_fill(broken, torch.inf)
+
 
 def _tolerance(dtype: torch.dtype) -> float:
-    return max(torch.finfo(o).eps for o in (dtype, torch.float32))**0.5
+    return max(torch.finfo(o).eps for o in (dtype, torch.float32)) ** 0.5
 
-def _worst(found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype) -> float: # rows of (L, V)
+
+def _worst(
+    found: list[Tensor], wanted: list[Tensor], dtype: torch.dtype
+) -> float:  # rows of (L, V)
     exact = torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps
     rows = [_deviation(f, w.to(f.device)) for f, w in zip(found, wanted)]
     values = [(o.max() if exact else o.median()).item() for o in rows if len(o)]
-    return max((o for o in values if o == o), default=0.)  # a model's own NaN has an error of its own, in sampling
+    return max(
+        (o for o in values if o == o), default=0.0
+    )  # a model's own NaN has an error of its own, in sampling
 
 # %% ../nbs/compare/42_selfcheck.ipynb #b6e33ae8
 class _Forced(LogitsProcessor):
-    def __init__(self, path: Tensor): self.path, self.seen = path, []  # (B, T)
+    def __init__(self, path: Tensor):
+        self.path, self.seen = path, []  # (B, T)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor: # (B, V)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, V)
         self.seen.append(scores.clone())
-        chosen = self.path[:, len(self.seen) - 1:len(self.seen)]
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.)
+        chosen = self.path[:, len(self.seen) - 1 : len(self.seen)]
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
-def _klrb_logits(model, probe: _Probe, bare: bool) -> tuple[list[Tensor], list[Tensor]]: # rows of (T, V) each
+
+def _klrb_logits(
+    model, probe: _Probe, bare: bool
+) -> tuple[list[Tensor], list[Tensor]]:  # rows of (T, V) each
     "What scoring and what sampling give at the steps of a probe, as klrb does both."
     device, width = model.device, max(map(len, probe.prompts))
-    filled = [[probe.padding[i % 2] for i in reversed(range(width - len(o)))] for o in probe.prompts]
+    filled = [
+        [probe.padding[i % 2] for i in reversed(range(width - len(o)))] for o in probe.prompts
+    ]
     ids = torch.tensor([pads + o for pads, o in zip(filled, probe.prompts)], device=device)
-    mask = torch.tensor([[0]*(width - len(o)) + [1]*len(o) for o in probe.prompts], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(o)) + [1] * len(o) for o in probe.prompts], device=device
+    )
     path = torch.tensor(probe.completions, device=device)  # (B, T)
-    lengths = (path.shape[1] - torch.arange(len(path), device=device)).clamp(min=1)  # of the completions
+    lengths = (path.shape[1] - torch.arange(len(path), device=device)).clamp(
+        min=1
+    )  # of the completions
     kept = (torch.arange(path.shape[1], device=device) < lengths[:, None]).long()
-    scored = completion_logits(model, ids, mask, path.masked_fill(kept == 0, probe.padding[0]), kept, bare=bare)
+    scored = completion_logits(
+        model, ids, mask, path.masked_fill(kept == 0, probe.padding[0]), kept, bare=bare
+    )
     forced = _Forced(path)
     never = torch.iinfo(torch.int64).max
-    sample_completions(model, ids, mask, path.shape[1], 1., [never], probe.padding[1],
-                       LogitsProcessorList([forced]), bare=bare)
+    sample_completions(
+        model,
+        ids,
+        mask,
+        path.shape[1],
+        1.0,
+        [never],
+        probe.padding[1],
+        LogitsProcessorList([forced]),
+        bare=bare,
+    )
     return [row[:n] for row, n in zip(scored, lengths)], list(torch.stack(forced.seen, 1))
 
 # %% ../nbs/compare/42_selfcheck.ipynb #1179d3c9
-_WHOLE = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), "WhisperForConditionalGeneration",
-          "ProphetNetForConditionalGeneration"}
-ENCODER_DECODERS = _WHOLE | {o.replace("ForConditionalGeneration", "Model") for o in _WHOLE}  # classes of checkpoints
+_WHOLE = {
+    *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+    "WhisperForConditionalGeneration",
+    "ProphetNetForConditionalGeneration",
+}
+ENCODER_DECODERS = _WHOLE | {
+    o.replace("ForConditionalGeneration", "Model") for o in _WHOLE
+}  # classes of checkpoints
+
 
 def _model_name(model: PreTrainedModel) -> str:
     return f"{model.config.name_or_path or 'given'!r} ({type(causal_lm(model)).__name__})"
+
 
 def _check_causal(model: PreTrainedModel, rows: list[list[int]], wanted: list[Tensor]) -> None:
     "The second row is a beginning of the first one, but for its last token."
     n = len(rows[1]) - 1
     # Rounding that a model amplifies is told apart below; what sees later tokens changes by more
     if _worst([wanted[1][:n]], [wanted[0][:n]], model.dtype) > max(1e-3, _tolerance(model.dtype)):
-        raise InputError(f"`model` is {_model_name(model)}, which is not a causal language model: what it gives at one "
-                         "position changes with a later token, so that its numbers are no probabilities of a text. "
-                         "Give a causal language model (a decoder).")
+        raise InputError(
+            f"`model` is {_model_name(model)}, which is not a causal language model: what it gives at one "
+            "position changes with a later token, so that its numbers are no probabilities of a text. "
+            "Give a causal language model (a decoder)."
+        )
+
 
 def _try_way(model: PreTrainedModel, probe: _Probe, wanted: list[Tensor], bare: bool) -> float:
     "Largest deviation of klrb's logits from the model's own; infinite when the model does not run like that."
-    try: scored, sampled = _klrb_logits(model, probe, bare)
-    except torch.OutOfMemoryError: raise
-    except Exception: return torch.inf  # whatever a model raises at a mask, a position or a cache that it does not know
+    try:
+        scored, sampled = _klrb_logits(model, probe, bare)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return (
+            torch.inf
+        )  # whatever a model raises at a mask, a position or a cache that it does not know
     steps = len(probe.completions[0])
     own = [o[-steps:] for o in wanted]
-    return max(_worst(scored, [w[:len(s)] for s, w in zip(scored, own)], model.dtype),
-               _worst(sampled, own, model.dtype))
+    return max(
+        _worst(scored, [w[: len(s)] for s, w in zip(scored, own)], model.dtype),
+        _worst(sampled, own, model.dtype),
+    )
+
 
 def _run_check(model: PreTrainedModel) -> ScoringCheck:
     made_as = set(model.config.architectures or []) - {type(causal_lm(model)).__name__}
     if model.config.is_encoder_decoder or made_as & ENCODER_DECODERS:
-        raise InputError(f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal language model: "
-                         "its decoder alone, without the text that the encoder reads, is not what was trained. "
-                         "Give a causal language model (a decoder).")
+        raise InputError(
+            f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal language model: "
+            "its decoder alone, without the text that the encoder reads, is not what was trained. "
+            "Give a causal language model (a decoder)."
+        )
     switch, tolerance = rotary_switch(model.config), _tolerance(model.dtype)
     longest = min(o for o in (12, context_length(model.config), switch) if o)
     steps = min(3, max(1, longest - 1))
     top = longest - steps + 1
-    own = lambda probe: [bare_logits(model, torch.tensor([o], device=model.device))[0] for o in probe.rows()]
-    probe = _make_probe(model, [top, (top + 1)//2, 1], steps)
-    try: wanted = own(probe)
-    except torch.OutOfMemoryError: raise
+    own = lambda probe: [
+        bare_logits(model, torch.tensor([o], device=model.device))[0] for o in probe.rows()
+    ]
+    probe = _make_probe(model, [top, (top + 1) // 2, 1], steps)
+    try:
+        wanted = own(probe)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        raise InputError(f"`model` is {_model_name(model)}, which cannot be run on token ids alone: "
-                         f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}") from error
+        raise InputError(
+            f"`model` is {_model_name(model)}, which cannot be run on token ids alone: "
+            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        ) from error
     _check_causal(model, probe.rows(), wanted)
     deviation = _try_way(model, probe, wanted, bare=False)
-    if deviation <= tolerance: return ScoringCheck(False, switch, deviation=deviation)
+    if deviation <= tolerance:
+        return ScoringCheck(False, switch, deviation=deviation)
     probe = _make_probe(model, [top, top], steps)
     wanted = own(probe)
     for bare in (False, True):
         deviation = _try_way(model, probe, wanted, bare)
-        if deviation <= tolerance: return ScoringCheck(True, switch, bare, deviation)
-    raise InputError(f"`model` is {_model_name(model)}, whose logits for a sequence change by {deviation:.2g} of their spread "
-                     f"(allowed: {tolerance:.1g}) when others stand beside it or when it is read token by token: no way of "
-                     "running it gives its own probabilities for certain, and it cannot be measured.")
+        if deviation <= tolerance:
+            return ScoringCheck(True, switch, bare, deviation)
+    raise InputError(
+        f"`model` is {_model_name(model)}, whose logits for a sequence change by {deviation:.2g} of their spread "
+        f"(allowed: {tolerance:.1g}) when others stand beside it or when it is read token by token: no way of "
+        "running it gives its own probabilities for certain, and it cannot be measured."
+    )
 
 # %% ../nbs/compare/42_selfcheck.ipynb #0a897cf4
 _FOUND: dict[str, ScoringCheck] = {}
-_KNOWN: WeakKeyDictionary[PreTrainedModel, ScoringCheck] = WeakKeyDictionary()  # spares the fingerprint
+_KNOWN: WeakKeyDictionary[PreTrainedModel, ScoringCheck] = (
+    WeakKeyDictionary()
+)  # spares the fingerprint
+
 
 def _fingerprint(model: PreTrainedModel) -> str:
-    about = (type(causal_lm(model)).__qualname__, model.config.to_json_string(), model.dtype, model.device,
-             model.config._attn_implementation)
+    about = (
+        type(causal_lm(model)).__qualname__,
+        model.config.to_json_string(),
+        model.dtype,
+        model.device,
+        model.config._attn_implementation,
+    )
     digest = hashlib.sha256(repr(about).encode())
     for name, tensor in model.state_dict().items():
         flat = tensor.detach().flatten()
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(flat[::max(1, len(flat)//256)].float().cpu().numpy().tobytes())
+        digest.update(flat[:: max(1, len(flat) // 256)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
+
 def check_scoring(
-    model: PreTrainedModel, # a causal language model, or a PEFT model around one; comes out as it went in
-) -> ScoringCheck: # how its batches must look
+    model: PreTrainedModel,  # a causal language model, or a PEFT model around one; comes out as it went in
+) -> ScoringCheck:  # how its batches must look
     """Compare klrb's way of sampling and scoring with the model's own logits, in a few tiny passes.
 
     Raises `ValueError` for a model that is not causal, or that cannot be run in batches.
     """
     key = _fingerprint(model)
     if key not in _FOUND:
-        with _undisturbed(model): _FOUND[key] = _run_check(model)
+        with _undisturbed(model):
+            _FOUND[key] = _run_check(model)
     _KNOWN[model] = _FOUND[key]
     return _FOUND[key]
 
+
 def known_scoring(
-    model: PreTrainedModel, # a causal language model
-) -> ScoringCheck: # what `check_scoring` said of it last
+    model: PreTrainedModel,  # a causal language model
+) -> ScoringCheck:  # what `check_scoring` said of it last
     "The check of a model that has been checked, without looking at its weights again."
     return _KNOWN[model] if model in _KNOWN else check_scoring(model)

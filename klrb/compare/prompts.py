@@ -47,17 +47,28 @@ _OTHERS = {
     b"version https://git-lfs": "a Git LFS pointer: fetch the file with git lfs pull",
 }
 
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
 
 def _arrow_unpacked(codec: str) -> Callable[[bytes], bytes]:
     def unpack(data: bytes) -> bytes:
         import pyarrow
+
         return pyarrow.CompressedInputStream(pyarrow.BufferReader(data), codec).read()
+
     return unpack
 
-_PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\0": lzma.decompress,
-           b"\x28\xb5\x2f\xfd": _arrow_unpacked("zstd"), b"\x04\x22\x4d\x18": _arrow_unpacked("lz4")}
+
+_PACKED = {
+    b"\x1f\x8b": gzip.decompress,
+    b"BZh": bz2.decompress,
+    b"\xfd7zXZ\0": lzma.decompress,
+    b"\x28\xb5\x2f\xfd": _arrow_unpacked("zstd"),
+    b"\x04\x22\x4d\x18": _arrow_unpacked("lz4"),
+}
+
 
 def _unpacked(data: bytes, given: str) -> bytes:
     "The content of a file that may be compressed."
@@ -65,33 +76,43 @@ def _unpacked(data: bytes, given: str) -> bytes:
         try:
             data = unpack(data)
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-            raise InputError(f"{given}, which is compressed and damaged: {_first_line(error)}.") from None
+            raise InputError(
+                f"{given}, which is compressed and damaged: {_first_line(error)}."
+            ) from None
     for magic, what in _OTHERS.items():
         if data.startswith(magic):
             raise InputError(f"{given}, which is {what}.")
     return data
 
+
 def _decode(data: bytes, given: str) -> str:
     "Text in UTF-8, or in whatever its byte order mark names."
-    marks = ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"),
-             (b"\xfe\xff", "utf-16"))
+    marks = (
+        (b"\xff\xfe\0\0", "utf-32"),
+        (b"\0\0\xfe\xff", "utf-32"),
+        (b"\xff\xfe", "utf-16"),
+        (b"\xfe\xff", "utf-16"),
+    )
     encoding = next((o for mark, o in marks if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise InputError(f"{given}, which is not UTF-8: byte {error.start} is "
-                         f"0x{data[error.start]:02x}; convert it first.") from None
+        raise InputError(
+            f"{given}, which is not UTF-8: byte {error.start} is "
+            f"0x{data[error.start]:02x}; convert it first."
+        ) from None
     if "\0" in text:
         raise InputError(f"{given}, which holds NUL characters and is no text; convert it first.")
     return text
 
 # %% ../../nbs/compare/46_prompts.ipynb #1a756cac
 def split_lines(
-    text: str, # a whole file
-) -> list[str]: # lines with something on them
+    text: str,  # a whole file
+) -> list[str]:  # lines with something on them
     "Lines of a text, which end at newlines and nowhere else."
     lines = re.split(r"\r?\n" if "\n" in text else r"\r", text)
     return [line for line in lines if line.strip()]
+
 
 def _unique(pairs: list) -> dict:
     found = dict(pairs)
@@ -100,12 +121,14 @@ def _unique(pairs: list) -> dict:
         raise ValueError(f"the key {next(o for o in names if names.count(o) > 1)!r} occurs twice")
     return found
 
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         told = getattr(error, "msg", None) or _first_line(error)
         raise InputError(f"{where} is not JSON: {told}.") from None
+
 
 def _json_lines(text: str, given: str) -> list:
     rows = []
@@ -114,10 +137,12 @@ def _json_lines(text: str, given: str) -> list:
             continue
         row = _json(line, f"{given}, whose line {number}")
         if not isinstance(row, (dict, str)) and not _is_conversation(row):
-            raise InputError(f"{given}, whose line {number} is no JSON object; one object a line "
-                             "is wanted.")
+            raise InputError(
+                f"{given}, whose line {number} is no JSON object; one object a line is wanted."
+            )
         rows.append(row)
     return rows
+
 
 def _json_file(text: str, given: str) -> list:
     "An array; or a single object; or, under the wrong name, one object a line."
@@ -131,30 +156,41 @@ def _json_file(text: str, given: str) -> list:
         return [found]
     raise InputError(f"{given}, which is no JSON array; an array of texts or objects is wanted.")
 
+
 def _is_conversation(row: Any) -> bool:
     return isinstance(row, (list, tuple)) and bool(row) and all(isinstance(o, Mapping) for o in row)
 
 # %% ../../nbs/compare/46_prompts.ipynb #97f0d55e
-def _pick_column(columns: list, column: str|None, given: str) -> str:
+def _pick_column(columns: list, column: str | None, given: str) -> str:
     if column is None:
         column = next((o for o in ("prompt", "text") if o in columns), None)
     if column is None or column not in columns:
         has = ", ".join(map(str, columns)) or "none"
-        raise InputError(f"{given}, which has no column {column or 'prompt or text'!r}; it has {has[:300]}."
-                         " Set `column`.")
+        raise InputError(
+            f"{given}, which has no column {column or 'prompt or text'!r}; it has {has[:300]}."
+            " Set `column`."
+        )
     if columns.count(column) > 1:
-        raise InputError(f"{given}, which has {columns.count(column)} columns {column!r}; rename one.")
+        raise InputError(
+            f"{given}, which has {columns.count(column)} columns {column!r}; rename one."
+        )
     return column
 
+
 def _parse_table(text: str, delimiter: str, quoting: int) -> list[list[str]]:
-    limit = csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the 128 kB allowed by default
+    limit = csv.field_size_limit(
+        2**31 - 1
+    )  # a prompt may be longer than the 128 kB allowed by default
     try:
         lines = io.StringIO(text, newline="")
-        return [o for o in csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True) if o]
+        return [
+            o for o in csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True) if o
+        ]
     finally:
         csv.field_size_limit(limit)
 
-def _separated(text: str, tabs: bool, column: str|None, given: str) -> list[str]:
+
+def _separated(text: str, tabs: bool, column: str | None, given: str) -> list[str]:
     "One column of a CSV or TSV file, as written."
     wanted = {column} if column is not None else {"prompt", "text"}
     try:
@@ -172,9 +208,12 @@ def _separated(text: str, tabs: bool, column: str|None, given: str) -> list[str]
     at = rows[0].index(_pick_column(rows[0], column, given))
     for number, row in enumerate(rows[1:], 1):
         if len(row) > len(rows[0]) or len(row) <= at:
-            raise InputError(f"{given}, whose row {number} has {len(row)} cells and the header "
-                             f"{len(rows[0])}; put quotes around texts with delimiters.")
+            raise InputError(
+                f"{given}, whose row {number} has {len(row)} cells and the header "
+                f"{len(rows[0])}; put quotes around texts with delimiters."
+            )
     return [row[at] for row in rows[1:]]
+
 
 def _tab_separated(text: str) -> list[list[str]]:
     "Quotes are quotes where the whole file keeps their rules, and characters of the text otherwise."
@@ -183,10 +222,12 @@ def _tab_separated(text: str) -> list[list[str]]:
     except csv.Error:
         return [line.split("\t") for line in split_lines(text)]
 
-def _arrow_column(data: bytes, parquet: bool, column: str|None, given: str) -> list:
+
+def _arrow_column(data: bytes, parquet: bool, column: str | None, given: str) -> list:
     import pyarrow
     import pyarrow.feather
     import pyarrow.parquet
+
     read = pyarrow.parquet.read_table if parquet else pyarrow.feather.read_table
     try:
         table = read(pyarrow.BufferReader(data))
@@ -195,7 +236,7 @@ def _arrow_column(data: bytes, parquet: bool, column: str|None, given: str) -> l
     return table.column(_pick_column(table.column_names, column, given)).to_pylist()
 
 # %% ../../nbs/compare/46_prompts.ipynb #0220a27a
-def _given_rows(source: Any, column: str|None, what: str) -> list:
+def _given_rows(source: Any, column: str | None, what: str) -> list:
     "Rows of a table or a list in memory."
     given = f"`{what}` is a {type(source).__name__}"
     if isinstance(source, (bytes, bytearray, set, frozenset, io.IOBase)):
@@ -212,16 +253,21 @@ def _given_rows(source: Any, column: str|None, what: str) -> list:
         source, column = source[_pick_column(list(source.columns), column, given)], None
     return _list_rows(source, column, given)
 
-def _mapping_rows(source: Mapping, column: str|None, given: str) -> list:
+
+def _mapping_rows(source: Mapping, column: str | None, given: str) -> list:
     if any(hasattr(o, "column_names") for o in source.values()):
-        raise InputTypeError(f"{given} with the splits {', '.join(map(str, source))}; give one of them.")
+        raise InputTypeError(
+            f"{given} with the splits {', '.join(map(str, source))}; give one of them."
+        )
     column = _pick_column(list(source), column, given)
     if isinstance(source[column], (str, bytes, Mapping)):
-        raise InputTypeError(f"{given} whose {column!r} is a {type(source[column]).__name__}; a list "
-                             "is wanted.")
+        raise InputTypeError(
+            f"{given} whose {column!r} is a {type(source[column]).__name__}; a list is wanted."
+        )
     return _list_rows(source[column], None, given)
 
-def _list_rows(source: Any, column: str|None, given: str) -> list:
+
+def _list_rows(source: Any, column: str | None, given: str) -> list:
     for name in ("tolist", "to_list", "to_pylist"):
         if hasattr(source, name):
             source = getattr(source, name)()
@@ -234,13 +280,16 @@ def _list_rows(source: Any, column: str|None, given: str) -> list:
         raise InputTypeError(f"{given}; give a list of texts, a table, or a file.") from None
     return _object_rows(rows, column, given)
 
-def _object_rows(rows: list, column: str|None, given: str) -> list:
+
+def _object_rows(rows: list, column: str | None, given: str) -> list:
     "Rows that are objects give their column; the others are what they are."
     objects = [o for o in rows if isinstance(o, Mapping)]
     if not objects:
         if column is not None and rows:
-            raise InputError(f"`column` is {column!r}, but {given.replace('` is', '`,')}, has no columns;"
-                             " leave it out.")
+            raise InputError(
+                f"`column` is {column!r}, but {given.replace('` is', '`,')}, has no columns;"
+                " leave it out."
+            )
         return rows
     if column is None and all("role" in o and not {"prompt", "text"} & set(o) for o in objects):
         return [_one_conversation(rows, given)]
@@ -248,26 +297,35 @@ def _object_rows(rows: list, column: str|None, given: str) -> list:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping) or chosen not in row:
             has = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no columns"
-            raise InputError(f"{given}, whose row {number} has no column {chosen!r}; it has {has[:300]}.")
+            raise InputError(
+                f"{given}, whose row {number} has no column {chosen!r}; it has {has[:300]}."
+            )
     return [row[chosen] for row in rows]
+
 
 def _one_conversation(rows: list, given: str) -> list:
     roles = {o.get("role") for o in rows if isinstance(o, Mapping)}
     if len(rows) > 1 and len(roles) == 1:
-        raise InputError(f"{given}, a list of chat messages that are all by the {roles.pop()}; for several "
-                         "prompts give a list of lists.")
+        raise InputError(
+            f"{given}, a list of chat messages that are all by the {roles.pop()}; for several "
+            "prompts give a list of lists."
+        )
     return rows
 
 # %% ../../nbs/compare/46_prompts.ipynb #5b8e5ad7
 ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
+
 def check_unicode(text: str, where: str) -> str:
     "The text. Raises `ValueError` for half of a surrogate pair, which no tokenizer can read."
     if found := re.search("[\ud800-\udfff]", text):
-        raise InputError(f"{where} holds half of a surrogate pair, U+{ord(found[0]):04X}, which is no "
-                         "character; repair the text.")
+        raise InputError(
+            f"{where} holds half of a surrogate pair, U+{ord(found[0]):04X}, which is no "
+            "character; repair the text."
+        )
     return text
+
 
 def _content(content: Any, where: str) -> str:
     if content is None:
@@ -275,37 +333,51 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return check_unicode(content, where)
     if not isinstance(content, (list, tuple)):
-        raise InputError(f"{where} has a {type(content).__name__} as its content; a text is wanted.")
+        raise InputError(
+            f"{where} has a {type(content).__name__} as its content; a text is wanted."
+        )
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         text = part.get("text") if isinstance(part, Mapping) else part
         if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise InputError(f"{where} has a part of type {kind!r} that is no text; only text can be "
-                             "measured.")
+            raise InputError(
+                f"{where} has a part of type {kind!r} that is no text; only text can be measured."
+            )
         texts.append(check_unicode(text, where))
     return "".join(texts)
+
 
 def _message(message: Any, where: str) -> dict:
     "One message with its content as one text."
     if not isinstance(message, Mapping):
-        raise InputError(f"{where} is a {type(message).__name__}; a chat message with role and content "
-                         "is wanted.")
+        raise InputError(
+            f"{where} is a {type(message).__name__}; a chat message with role and content "
+            "is wanted."
+        )
     if message.get("role") is None:
-        raise InputError(f"{where} has no role; it has {', '.join(map(str, message)) or 'nothing'}.")
+        raise InputError(
+            f"{where} has no role; it has {', '.join(map(str, message)) or 'nothing'}."
+        )
     if message["role"] not in ROLES:
-        raise InputError(f"{where} has the role {message['role']!r}; it must be one of {', '.join(ROLES)}.")
-    kept = {key: value for key, value in message.items() if value is not None}  # Parquet fills up with None
+        raise InputError(
+            f"{where} has the role {message['role']!r}; it must be one of {', '.join(ROLES)}."
+        )
+    kept = {
+        key: value for key, value in message.items() if value is not None
+    }  # Parquet fills up with None
     return kept | dict(content=_content(message.get("content"), where))
+
 
 def _missing(row: Any) -> bool:
     return row is None or type(row).__name__ in ("NAType", "NaTType") or row != row
 
+
 def check_row(
-    row: Any, # as it was given
-    where: str, # such as "prompt 3"
-    wanted: str, # what it should be, for the message
-) -> Any: # the same; a text is a plain `str`
+    row: Any,  # as it was given
+    where: str,  # such as "prompt 3"
+    wanted: str,  # what it should be, for the message
+) -> Any:  # the same; a text is a plain `str`
     "Raise `ValueError` for a row that is missing, a blank text, or no text and no list."
     if not hasattr(row, "__len__") and _missing(row):
         raise InputError(f"{where} is missing ({row}); fill it, or leave it out.")
@@ -315,43 +387,55 @@ def check_row(
         return str(check_unicode(row, where))
     row = row.tolist() if hasattr(row, "tolist") else row
     if not isinstance(row, (list, tuple)):
-        raise InputError(f"{where} is {str(row)[:60]!r}, a {type(row).__name__}; each must be a text, "
-                         f"or {wanted}.")
+        raise InputError(
+            f"{where} is {str(row)[:60]!r}, a {type(row).__name__}; each must be a text, "
+            f"or {wanted}."
+        )
     if not row:
         raise InputError(f"{where} is an empty list; fill it, or leave it out.")
     return list(row)
 
 # %% ../../nbs/compare/46_prompts.ipynb #a199c714
 def read_rows(
-    source: Any, # see `read_prompts`
-    column: str|None, # field or column; None: "prompt" or "text", whichever is there
-    what: str, # the argument, for error messages
-    split: Callable[[str], list[str]] = split_lines, # how a text file is divided
-) -> list: # as they are, at least one
+    source: Any,  # see `read_prompts`
+    column: str | None,  # field or column; None: "prompt" or "text", whichever is there
+    what: str,  # the argument, for error messages
+    split: Callable[[str], list[str]] = split_lines,  # how a text file is divided
+) -> list:  # as they are, at least one
     "Rows of a file, a data set or a table. Raises `ValueError` when there are none."
     if column is not None and not isinstance(column, str):
         raise InputTypeError(f"`column` is {column!r}; it must be a name.")
     named = isinstance(source, (str, Path))
-    rows = _named_rows(str(source), column, what, split) if named else _given_rows(source, column, what)
+    rows = (
+        _named_rows(str(source), column, what, split)
+        if named
+        else _given_rows(source, column, what)
+    )
     if not rows:
         raise InputError(f"`{what}` is empty: {str(source)[:80]!r} has no line with text.")
     return rows
 
-def _named_rows(source: str, column: str|None, what: str, split: Callable) -> list:
+
+def _named_rows(source: str, column: str | None, what: str, split: Callable) -> list:
     given = f"`{what}` is {source[:200]!r}"
     if source == "-":
-        data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        data = (
+            sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        )
         return _parse(data, "-", column, f"`{what}` is standard input", split)
     if (data := _read(source, given)) is not None:
         return _parse(data, Path(source).name, column, given, split)
     if Path(source).suffix.lower() in (*_KNOWN, *_SUFFIXES) or source.startswith((".", "/", "~")):
         raise MissingFileError(f"{given}, and there is no such file.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source, re.ASCII):
-        raise InputError(f"{given}, which is neither a file nor the name of a data set; give a single "
-                         "text as a list: [text].")
+        raise InputError(
+            f"{given}, which is neither a file nor the name of a data set; give a single "
+            "text as a list: [text]."
+        )
     return _read_hub(source, column, given)
 
-def _read(source: str, given: str) -> bytes|None:
+
+def _read(source: str, given: str) -> bytes | None:
     "The bytes of a file, or None without one."
     try:
         path = Path(source).expanduser()
@@ -362,7 +446,8 @@ def _read(source: str, given: str) -> bytes|None:
         raise InputError(f"{given}, which cannot be read: {why}.") from None
     raise InputError(f"{given}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
 
-def _parse(data: bytes, name: str, column: str|None, given: str, split: Callable) -> list:
+
+def _parse(data: bytes, name: str, column: str | None, given: str, split: Callable) -> list:
     "Rows of a file by its content, then by its name."
     data = _unpacked(data, given)
     path = Path(name.lower())
@@ -379,22 +464,25 @@ def _parse(data: bytes, name: str, column: str|None, given: str, split: Callable
         return _object_rows(_json_file(text, given), column, given)
     return _object_rows(split(text), column, given)
 
-def _read_hub(source: str, column: str|None, given: str) -> list:
+
+def _read_hub(source: str, column: str | None, given: str) -> list:
     from datasets import load_dataset
+
     try:
         with quiet_loading():
             rows = load_dataset(source, split="train")
     except Exception as error:  # a download fails in more ways than can be listed
-        raise InputError(f"{given}, which is no file, and loading it as a data set failed: "
-                         f"{_first_line(error)}") from None
+        raise InputError(
+            f"{given}, which is no file, and loading it as a data set failed: {_first_line(error)}"
+        ) from None
     return list(rows[_pick_column(rows.column_names, column, given)])
 
 # %% ../../nbs/compare/46_prompts.ipynb #17894602
 def read_prompts(
-    source: Any, # file, Hub data set, "-" for standard input, table, or list; None: no prompts
-    column: str|None = None, # field or column; None: "prompt" or "text", whichever is there
-    what: str = "prompts", # the argument, for error messages
-) -> list: # prompts, as texts or as lists of chat messages; [None] without prompts
+    source: Any,  # file, Hub data set, "-" for standard input, table, or list; None: no prompts
+    column: str | None = None,  # field or column; None: "prompt" or "text", whichever is there
+    what: str = "prompts",  # the argument, for error messages
+) -> list:  # prompts, as texts or as lists of chat messages; [None] without prompts
     "Read prompts. Raises `ValueError`, naming the prompt, when one is not what it should be."
     if source is None:
         return [None]
@@ -406,9 +494,10 @@ def read_prompts(
         prompts.append(row)
     return prompts
 
+
 def prompt_text(
-    prompt: str|list|None, # from `read_prompts`
-) -> str: # the last message of a chat
+    prompt: str | list | None,  # from `read_prompts`
+) -> str:  # the last message of a chat
     "A prompt as it is shown."
     if isinstance(prompt, list):
         return prompt[-1]["content"]
@@ -416,9 +505,9 @@ def prompt_text(
 
 # %% ../../nbs/compare/46_prompts.ipynb #70fcec6e
 def closing_tokens(
-    tokenizer: PreTrainedTokenizerBase, # of one side
-    texts: list[str], # that may be asked about, the first that tells is taken
-) -> list[int]: # ids, usually none
+    tokenizer: PreTrainedTokenizerBase,  # of one side
+    texts: list[str],  # that may be asked about, the first that tells is taken
+) -> list[int]:  # ids, usually none
     "Tokens that a tokenizer adds behind every text."
     for text in [*texts[:20], "a", "The"]:
         full = list(tokenizer(text).input_ids)
@@ -426,22 +515,25 @@ def closing_tokens(
         if len(full) == len(bare):
             return []
         n = len(bare)
-        starts = [i for i in range(len(full) - n + 1) if full[i:i + n] == bare]
+        starts = [i for i in range(len(full) - n + 1) if full[i : i + n] == bare]
         if n and len(starts) == 1:
-            return full[starts[0] + n:]
+            return full[starts[0] + n :]
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     return full[-1:] if full[-1] in closing else []
 
+
 def encode_prompts(
-    prompts: list, # from `read_prompts`
-    tokenizer: PreTrainedTokenizerBase, # of one side
-    prefix: str = "", # put before every prompt; with `chat`, the system message
-    chat: bool = False, # apply the tokenizer's chat template
-) -> list[list[int]]: # ids of each prompt, at least one, and none behind the text
+    prompts: list,  # from `read_prompts`
+    tokenizer: PreTrainedTokenizerBase,  # of one side
+    prefix: str = "",  # put before every prompt; with `chat`, the system message
+    chat: bool = False,  # apply the tokenizer's chat template
+) -> list[list[int]]:  # ids of each prompt, at least one, and none behind the text
     "Prompts as token ids. Raises `ValueError` without a chat template, or without tokens."
     if chat and not tokenizer.chat_template:
-        raise InputError("`chat` is set, but the tokenizer has no chat template; leave it out, or use a "
-                         "chat model.")
+        raise InputError(
+            "`chat` is set, but the tokenizer has no chat template; leave it out, or use a "
+            "chat model."
+        )
     check_chat(prompts, chat)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     closing = [] if chat else closing_tokens(tokenizer, [o for o in prompts if o])
@@ -454,51 +546,67 @@ def encode_prompts(
         else:
             ids = _encode_text(prefix + (prompt or ""), tokenizer, closing)
         if not ids:
-            raise InputError(f"prompt {number} ({prompt!r}) has no tokens, and the tokenizer has no token "
-                             "to begin with; give prompts.")
+            raise InputError(
+                f"prompt {number} ({prompt!r}) has no tokens, and the tokenizer has no token "
+                "to begin with; give prompts."
+            )
         encoded.append(ids)
     return encoded
+
 
 def check_chat(prompts: list, chat: bool) -> None:
     "Raise `ValueError` for chat messages without `chat`."
     if not chat and any(isinstance(o, list) for o in prompts):
-        raise InputError("`prompts` holds lists of chat messages; set `chat` to use the tokenizer's"
-                         " template.")
+        raise InputError(
+            "`prompts` holds lists of chat messages; set `chat` to use the tokenizer's template."
+        )
+
 
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, closing: list[int]) -> list[int]:
     ids = list(tokenizer(text).input_ids)
-    if closing and ids[-len(closing):] == closing:
-        ids = ids[:-len(closing)]
+    if closing and ids[-len(closing) :] == closing:
+        ids = ids[: -len(closing)]
     if not tokenizer(text, add_special_tokens=False).input_ids:
         return []  # only what the tokenizer adds: not this text
     return ids
 
-def _encode_chat(prompt: str|list, tokenizer: PreTrainedTokenizerBase, prefix: str, number: int) -> list[int]:
+
+def _encode_chat(
+    prompt: str | list, tokenizer: PreTrainedTokenizerBase, prefix: str, number: int
+) -> list[int]:
     messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     if prefix and messages[0]["role"] in ("system", "developer"):
-        raise InputError(f"prompt {number} has a system message, and the prefix would be another; leave"
-                         " one out.")
+        raise InputError(
+            f"prompt {number} has a system message, and the prefix would be another; leave one out."
+        )
     if prefix:
         messages = [dict(role="system", content=prefix), *messages]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates raise what they like
-        raise InputError(f"the chat template failed on prompt {number} ({str(prompt)[:60]!r}): "
-                         f"{_first_line(error)}") from None
-    lost = [o for o in (messages[0], messages[-1]) if o["role"] in ("system", "user")
-            and o["content"].strip() not in text]
+        raise InputError(
+            f"the chat template failed on prompt {number} ({str(prompt)[:60]!r}): "
+            f"{_first_line(error)}"
+        ) from None
+    lost = [
+        o
+        for o in (messages[0], messages[-1])
+        if o["role"] in ("system", "user") and o["content"].strip() not in text
+    ]
     if lost:
-        raise InputError(f"the chat template leaves out the {lost[0]['role']}'s message of prompt {number} "
-                         f"({lost[0]['content'][:60]!r}); it cannot be measured.")
+        raise InputError(
+            f"the chat template leaves out the {lost[0]['role']}'s message of prompt {number} "
+            f"({lost[0]['content'][:60]!r}); it cannot be measured."
+        )
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
 
 # %% ../../nbs/compare/46_prompts.ipynb #72a0b04d
 def prompt_notes(
-    prompts: list, # from `read_prompts`
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], # of policy and reference
-    prefix: str = "", # the same for both: different ones are meant to differ
-    chat: bool = False, # apply each tokenizer's chat template
-) -> list[str]: # sentences
+    prompts: list,  # from `read_prompts`
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # of policy and reference
+    prefix: str = "",  # the same for both: different ones are meant to differ
+    chat: bool = False,  # apply each tokenizer's chat template
+) -> list[str]:  # sentences
     "What a reader of the result must know about how the sides read the prompts."
     notes = []
     texts = [o for o in prompts if isinstance(o, str)]
@@ -507,17 +615,23 @@ def prompt_notes(
     for role, tokenizer, rows in zip(("policy", "reference"), both, encoded):
         closing = closing_tokens(tokenizer, texts) if texts and not chat else []
         if closing:
-            notes.append(f"the {role}'s tokenizer ends every prompt with {_names(closing, tokenizer)}; it was"
-                         " left out, so that completions go on from the prompt")
+            notes.append(
+                f"the {role}'s tokenizer ends every prompt with {_names(closing, tokenizer)}; it was"
+                " left out, so that completions go on from the prompt"
+            )
         if chat and rows[0][-1] == tokenizer.eos_token_id:
-            notes.append(f"the {role}'s chat template ends prompts with {tokenizer.eos_token!r}; completions"
-                         " begin after it")
+            notes.append(
+                f"the {role}'s chat template ends prompts with {tokenizer.eos_token!r}; completions"
+                " begin after it"
+            )
     if len(both) == 2:
         notes += _differences(encoded, tokenizers, chat)
     return notes
 
+
 def _names(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join(repr(o) for o in tokenizer.convert_ids_to_tokens(ids))
+
 
 def _differences(encoded: list, tokenizers: tuple, chat: bool) -> list[str]:
     differing = [i for i, rows in enumerate(zip(*encoded)) if rows[0] != rows[1]]
@@ -527,109 +641,153 @@ def _differences(encoded: list, tokenizers: tuple, chat: bool) -> list[str]:
     count = f"{len(differing):,} of {len(encoded[0]):,} prompts"
     n = abs(len(ours) - len(theirs))
     for role, other, longer, shorter, tokenizer in (
-            ("policy", "reference", ours, theirs, tokenizers[0]),
-            ("reference", "policy", theirs, ours, tokenizers[1])):
+        ("policy", "reference", ours, theirs, tokenizers[0]),
+        ("reference", "policy", theirs, ours, tokenizers[1]),
+    ):
         if 0 < n < len(longer) and longer[n:] == shorter:
-            return [f"the {role}'s prompts begin with {_names(longer[:n], tokenizer)}, the {other}'s do not "
-                    f"({count}): the two models do not read the same tokens"]
-    why = "the two chat templates differ" if chat and len({str(o.chat_template) for o in tokenizers}) == 2 \
+            return [
+                f"the {role}'s prompts begin with {_names(longer[:n], tokenizer)}, the {other}'s do not "
+                f"({count}): the two models do not read the same tokens"
+            ]
+    why = (
+        "the two chat templates differ"
+        if chat and len({str(o.chat_template) for o in tokenizers}) == 2
         else "the two tokenizers differ"
-    shown = [_names(rows[-8:] if chat else rows[:8], o) for rows, o in zip((ours, theirs), tokenizers)]
+    )
+    shown = [
+        _names(rows[-8:] if chat else rows[:8], o) for rows, o in zip((ours, theirs), tokenizers)
+    ]
     where = "ends" if chat else "begins"
-    return [f"{why}: {count} are other tokens for the policy than for the reference (prompt {differing[0] + 1} "
-            f"{where} with {shown[0]} and with {shown[1]})"]
+    return [
+        f"{why}: {count} are other tokens for the policy than for the reference (prompt {differing[0] + 1} "
+        f"{where} with {shown[0]} and with {shown[1]})"
+    ]
 
 # %% ../../nbs/compare/46_prompts.ipynb #cc02d759
 def resolve_end_tokens(
-    given: str|int|list|None, # tokens or ids; None: those of the two models
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], # of policy and reference
-) -> list[int]|None: # ids in ascending order; None: those of the two models
+    given: str | int | list | None,  # tokens or ids; None: those of the two models
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # of policy and reference
+) -> list[int] | None:  # ids in ascending order; None: those of the two models
     "Ids of the end tokens that were named. Raises `ValueError` when the sides differ and none is named."
     ours, theirs = tokenizers
     if given is None:
         if ours.eos_token_id != theirs.eos_token_id:
-            raise InputError(f"completions end with {ours.eos_token!r} ({ours.eos_token_id}) for the policy and"
-                             f" {theirs.eos_token!r} ({theirs.eos_token_id}) for the reference; name the tokens"
-                             " that end a completion: `end_tokens`.")
+            raise InputError(
+                f"completions end with {ours.eos_token!r} ({ours.eos_token_id}) for the policy and"
+                f" {theirs.eos_token!r} ({theirs.eos_token_id}) for the reference; name the tokens"
+                " that end a completion: `end_tokens`."
+            )
         return None
     tokens = [given] if isinstance(given, (str, int)) else list(given)
     if not tokens:
         raise InputError("`end_tokens` is empty; name at least one token, or leave it out.")
     return sorted({_token_id(o, ours) for o in tokens})
 
-def _token_id(token: str|int, tokenizer: PreTrainedTokenizerBase) -> int:
+
+def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase) -> int:
     vocabulary = tokenizer.get_vocab()
-    if isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= max(vocabulary.values()):
+    if (
+        isinstance(token, int)
+        and not isinstance(token, bool)
+        and 0 <= token <= max(vocabulary.values())
+    ):
         return token
     if isinstance(token, str) and token in vocabulary:
         return vocabulary[token]
-    ids = tokenizer(token, add_special_tokens=False).input_ids if isinstance(token, str) and token else []
+    ids = (
+        tokenizer(token, add_special_tokens=False).input_ids
+        if isinstance(token, str) and token
+        else []
+    )
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        raise InputError(f"`end_tokens` holds {token!r}, which is no single token of the vocabulary; name"
-                         f" tokens such as {tokenizer.eos_token!r}.")
+        raise InputError(
+            f"`end_tokens` holds {token!r}, which is no single token of the vocabulary; name"
+            f" tokens such as {tokenizer.eos_token!r}."
+        )
     return ids[0]
 
+
 def end_notes(
-    ends: tuple[list[int], list[int]], # of policy and reference, as their settings have them
-    tokenizer: PreTrainedTokenizerBase, # of either
-) -> list[str]: # a sentence, or none
+    ends: tuple[list[int], list[int]],  # of policy and reference, as their settings have them
+    tokenizer: PreTrainedTokenizerBase,  # of either
+) -> list[str]:  # a sentence, or none
     "What a reader of the result must know about where completions end."
     if set(ends[0]) == set(ends[1]):
         return []
     ours, theirs = (_names(sorted(o), tokenizer) or "nothing" for o in ends)
-    return [f"the policy ends with {ours}, the reference with {theirs}; completions end with any of them:"
-            " set `end_tokens` for others"]
+    return [
+        f"the policy ends with {ours}, the reference with {theirs}; completions end with any of them:"
+        " set `end_tokens` for others"
+    ]
 
 # %% ../../nbs/compare/46_prompts.ipynb #eeb8608c
 _ARGUMENTS = dict(
-    direction=(str, "a text"), divergence=(str, "a text"), policy_prefix=(str, "a text"),
-    reference_prefix=(str, "a text"), dtype=(str, "a name"),
-    device=((str, torch.device), "a name"), chat=(bool, "True or False"),
-    trust_remote_code=(bool, "True or False"), progress=((bool, type(None)), "True, False or None"),
-    save=((str, Path, type(None)), "a folder"), column=((str, type(None)), "a name"),
-    temperature=(Real, "a positive number"), alpha=(Real, "a finite number"),
+    direction=(str, "a text"),
+    divergence=(str, "a text"),
+    policy_prefix=(str, "a text"),
+    reference_prefix=(str, "a text"),
+    dtype=(str, "a name"),
+    device=((str, torch.device), "a name"),
+    chat=(bool, "True or False"),
+    trust_remote_code=(bool, "True or False"),
+    progress=((bool, type(None)), "True, False or None"),
+    save=((str, Path, type(None)), "a folder"),
+    column=((str, type(None)), "a name"),
+    temperature=(Real, "a positive number"),
+    alpha=(Real, "a finite number"),
     reference_temperature=((Real, type(None)), "a positive number"),
-    end_tokens=((str, int, list, tuple, type(None)), "a list of tokens"))
+    end_tokens=((str, int, list, tuple, type(None)), "a list of tokens"),
+)
+
 
 def check_arguments(
-    given: dict, # arguments by name
+    given: dict,  # arguments by name
 ) -> None:
     "Raise `TypeError` or `ValueError` for the first argument that is not of its type."
     for name, value in given.items():
         types, wanted = _ARGUMENTS.get(name, (object, ""))
-        if not isinstance(value, types) or isinstance(value, bool) and types in (Real, (Real, type(None))):
+        if (
+            not isinstance(value, types)
+            or isinstance(value, bool)
+            and types in (Real, (Real, type(None)))
+        ):
             raise InputTypeError(f"`{name}` is {value!r}; it must be {wanted}.")
         if isinstance(value, str):
             check_unicode(value, f"`{name}`")
     for name in ("max_new_tokens", "max_samples", "window", "batch_tokens", "seed"):
         if name in given and given[name] is None:
             raise InputTypeError(f"`{name}` is None; it must be an integer.")
-    if not math.isfinite(given.get("alpha", 0.)):
+    if not math.isfinite(given.get("alpha", 0.0)):
         raise InputError(f"`alpha` is {given['alpha']!r}; it must be a finite number.")
     if given.get("dtype", DTYPES[0]) not in DTYPES:
         raise InputError(f"`dtype` is {given['dtype']!r}; it must be one of {', '.join(DTYPES)}.")
     pick_device(given.get("device", "cpu"))
     tokenizer = given.get("tokenizer")
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
-        raise InputTypeError(f"`tokenizer` is a {type(tokenizer).__name__}; it must be a loaded tokenizer.")
+        raise InputTypeError(
+            f"`tokenizer` is a {type(tokenizer).__name__}; it must be a loaded tokenizer."
+        )
+
 
 def check_unused_tokenizer(
-    tokenizer: PreTrainedTokenizerBase|None, # as it was given
-    used: tuple, # the tokenizers of the two sides
-    texts: list, # prompts or documents
+    tokenizer: PreTrainedTokenizerBase | None,  # as it was given
+    used: tuple,  # the tokenizers of the two sides
+    texts: list,  # prompts or documents
 ) -> None:
     "Raise `ValueError` when a tokenizer is given that neither side uses and that reads the texts otherwise."
     if tokenizer is None or any(o is tokenizer for o in used):
         return
     texts = [o for o in texts if isinstance(o, str)]
     if encode_prompts(texts, tokenizer) != encode_prompts(texts, used[0]):
-        raise InputError("`tokenizer` is for loaded models, but both models are given by name, and theirs"
-                         " reads the texts differently; leave it out.")
+        raise InputError(
+            "`tokenizer` is for loaded models, but both models are given by name, and theirs"
+            " reads the texts differently; leave it out."
+        )
 
 # %% ../../nbs/compare/46_prompts.ipynb #547011b8
 @contextmanager
 def as_found(
-    *models: Any, # loaded models; names are left out
+    *models: Any,  # loaded models; names are left out
 ) -> Iterator[None]:
     "Give models back as they were: in training or not, which adapter is on, what has gradients."
     loaded = [o for o in models if hasattr(o, "modules")]
@@ -647,13 +805,16 @@ def as_found(
         for module, flag in modes:
             module.training = flag
 
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     "No progress bars of the libraries below: every kind of theirs is made by this one class."
     bar = tqdm.std.tqdm
     made = bar.__init__
+
     def hidden(self, *args, **kwargs):
         made(self, *args, **kwargs | dict(disable=True))
+
     bar.__init__ = hidden
     try:
         yield

@@ -34,64 +34,91 @@ __all__ = ['SEQUENCE', 'TOKEN', 'REASONS', 'NAMES', 'FLUSH_SECONDS', 'heatmap_ht
 # %% ../../nbs/compare/50_results.ipynb #be5b4bac
 def _shown(text: str) -> str:
     "The text without control characters and halves of characters, which are written as escapes."
-    return "".join(o.encode("unicode_escape").decode() if category(o) in ("Cc", "Cs") and o not in "\n\t" else o for o in text)
+    return "".join(
+        o.encode("unicode_escape").decode()
+        if category(o) in ("Cc", "Cs") and o not in "\n\t"
+        else o
+        for o in text
+    )
+
 
 def heatmap_html(
-    prompt: str, # shown without colour
-    tokens: list[str], # of the completion
-    values: list[float], # divergence of each step, in nats
-) -> str: # HTML, the step with the largest value darkest; values as tooltips
+    prompt: str,  # shown without colour
+    tokens: list[str],  # of the completion
+    values: list[float],  # divergence of each step, in nats
+) -> str:  # HTML, the step with the largest value darkest; values as tooltips
     "A completion with every token coloured by its step divergence."
     prompt, *tokens = (_shown(o) for o in (prompt, *tokens))
-    top = max([v for v in values if math.isfinite(v)], default=0.) or 1.
-    spans = "".join(f'<span title="{v:.3g}" style="background:rgba(213,94,0,{min(max(v, 0.)/top, 1.):.2f})">{html.escape(t)}</span>'
-                    for t, v in zip(tokens, values))
+    top = max([v for v in values if math.isfinite(v)], default=0.0) or 1.0
+    spans = "".join(
+        f'<span title="{v:.3g}" style="background:rgba(213,94,0,{min(max(v, 0.0) / top, 1.0):.2f})">{html.escape(t)}</span>'
+        for t, v in zip(tokens, values)
+    )
     return f'<div style="font-family:monospace;white-space:pre-wrap"><span style="color:gray">{html.escape(prompt)}</span>{spans} <b>{sum(values):.3g}</b></div>'
 
 # %% ../../nbs/compare/50_results.ipynb #e9f0db48
 def heatmap_text(
-    prompt: str, # shown without colour
-    tokens: list[str], # of the completion
-    values: list[float], # divergence of each step, in nats
-): # -> rich.text.Text
+    prompt: str,  # shown without colour
+    tokens: list[str],  # of the completion
+    values: list[float],  # divergence of each step, in nats
+):  # -> rich.text.Text
     "A completion with every token coloured by its step divergence, for a terminal."
     from rich.text import Text
+
     prompt, *tokens = (_shown(o) for o in (prompt, *tokens))
-    top = max([v for v in values if math.isfinite(v)], default=0.) or 1.
+    top = max([v for v in values if math.isfinite(v)], default=0.0) or 1.0
     text = Text(prompt.replace("\n", "\\n"), style="dim")
     for token, value in zip(tokens, values):
-        share = min(max(value, 0.)/top, 1.)
-        colour = ",".join(str(round(255 - share*(255 - o))) for o in (213, 94, 0))
-        text.append(token.replace("\n", "\\n"), style=f"not dim {'white' if share > 0.6 else 'black'} on rgb({colour})")
+        share = min(max(value, 0.0) / top, 1.0)
+        colour = ",".join(str(round(255 - share * (255 - o))) for o in (213, 94, 0))
+        text.append(
+            token.replace("\n", "\\n"),
+            style=f"not dim {'white' if share > 0.6 else 'black'} on rgb({colour})",
+        )
     return text.append(f"  {sum(values):.3g}", style="not dim bold")
 
 # %% ../../nbs/compare/50_results.ipynb #7aefebd9
 SEQUENCE, TOKEN = "nats per sequence", "nats per token"
 REASONS = dict(
-    fixed="the number of rollouts was given", reached="the tolerance was reached", max_samples="`max_samples` was reached, the tolerance was not",
-    prompts="more rollouts of these prompts cannot reach the tolerance: give more prompts", infinite="the divergence is infinite", interrupted="interrupted")
+    fixed="the number of rollouts was given",
+    reached="the tolerance was reached",
+    max_samples="`max_samples` was reached, the tolerance was not",
+    prompts="more rollouts of these prompts cannot reach the tolerance: give more prompts",
+    infinite="the divergence is infinite",
+    interrupted="interrupted",
+)
+
 
 @dataclass
 class Result:
     "One divergence, from the rollouts of one sampler."
-    label: str # such as "KL(policy || reference)"
-    sampled_from: str # "policy", "reference" or "both"
-    rollouts: pd.DataFrame # one row per rollout: prompt, length, rb, mc, k3
-    num_prompts: int # P; 1 without prompts
-    reason: str # a key of `REASONS`
-    positions: pd.DataFrame # position, mean, low, high, reached; empty for a sum of two directions
-    max_new_tokens: int # T, where completions were cut
-    estimators: tuple[str, ...] = ("rb", "mc", "k3") # that this divergence has
-    units: tuple[str, ...] = (SEQUENCE, TOKEN) # that this divergence has, the headline first
 
-    def interval(self,
-        estimator: str = "rb", # "rb", "mc" or "k3"
-        unit: str|None = None, # one of `units`; None: the first
+    label: str  # such as "KL(policy || reference)"
+    sampled_from: str  # "policy", "reference" or "both"
+    rollouts: pd.DataFrame  # one row per rollout: prompt, length, rb, mc, k3
+    num_prompts: int  # P; 1 without prompts
+    reason: str  # a key of `REASONS`
+    positions: pd.DataFrame  # position, mean, low, high, reached; empty for a sum of two directions
+    max_new_tokens: int  # T, where completions were cut
+    estimators: tuple[str, ...] = ("rb", "mc", "k3")  # that this divergence has
+    units: tuple[str, ...] = (SEQUENCE, TOKEN)  # that this divergence has, the headline first
+
+    def interval(
+        self,
+        estimator: str = "rb",  # "rb", "mc" or "k3"
+        unit: str | None = None,  # one of `units`; None: the first
     ) -> Interval:
         "One estimate with its 95 % interval."
-        if estimator not in self.estimators: raise InputError(f"`estimator` is {estimator!r}; here it must be one of {', '.join(self.estimators)}.")
+        if estimator not in self.estimators:
+            raise InputError(
+                f"`estimator` is {estimator!r}; here it must be one of {', '.join(self.estimators)}."
+            )
         unit, frame = unit or self.units[0], self.rollouts
-        return cluster_interval(frame[estimator], None if unit == SEQUENCE else frame.length, frame.prompt if self.num_prompts > 1 else None)
+        return cluster_interval(
+            frame[estimator],
+            None if unit == SEQUENCE else frame.length,
+            frame.prompt if self.num_prompts > 1 else None,
+        )
 
     @property
     def why(self) -> str:
@@ -99,64 +126,92 @@ class Result:
         return REASONS[self.reason]
 
     @property
-    def variance_ratio(self) -> float: # NaN when there is no variance, or no `mc`
+    def variance_ratio(self) -> float:  # NaN when there is no variance, or no `mc`
         "Squared standard error of `mc` over that of `rb`: how many times as many rollouts `mc` needs for the same interval."
         stderr = [self.interval(o).stderr for o in ("rb", "mc") if o in self.estimators]
-        return (stderr[1]/stderr[0])**2 if len(stderr) == 2 and stderr[0] > 0 else math.nan
+        return (stderr[1] / stderr[0]) ** 2 if len(stderr) == 2 and stderr[0] > 0 else math.nan
 
 # %% ../../nbs/compare/50_results.ipynb #60c95689
 def estimates(
     result: Result,
-) -> pd.DataFrame: # columns estimator, unit, mean, stderr, low, high
+) -> pd.DataFrame:  # columns estimator, unit, mean, stderr, low, high
     "All estimates of a result."
-    found = [(o, unit, result.interval(o, unit)) for unit in result.units for o in result.estimators]
-    return pd.DataFrame([dict(estimator=o, unit=unit, mean=i.mean, stderr=i.stderr, low=i.low, high=i.high) for o, unit, i in found])
+    found = [
+        (o, unit, result.interval(o, unit)) for unit in result.units for o in result.estimators
+    ]
+    return pd.DataFrame(
+        [
+            dict(estimator=o, unit=unit, mean=i.mean, stderr=i.stderr, low=i.low, high=i.high)
+            for o, unit, i in found
+        ]
+    )
+
 
 def prompt_means(
     result: Result,
-) -> pd.DataFrame: # columns prompt, rollouts, length, mean, low, high: one row per prompt
+) -> pd.DataFrame:  # columns prompt, rollouts, length, mean, low, high: one row per prompt
     "Mean of `rb` for every prompt, with an interval over its own rollouts."
     rows = []
     for prompt, frame in result.rollouts.groupby("prompt"):
         i = cluster_interval(frame.rb, None if result.units[0] == SEQUENCE else frame.length)
-        rows.append(dict(prompt=prompt, rollouts=len(frame), length=frame.length.mean(), mean=i.mean, low=i.low, high=i.high))
+        rows.append(
+            dict(
+                prompt=prompt,
+                rollouts=len(frame),
+                length=frame.length.mean(),
+                mean=i.mean,
+                low=i.low,
+                high=i.high,
+            )
+        )
     return pd.DataFrame(rows)
+
 
 def running_estimates(
     result: Result,
-) -> pd.DataFrame: # columns estimator, rollouts, mean, low, high
+) -> pd.DataFrame:  # columns estimator, rollouts, mean, low, high
     "Estimates from the first 8, 16, 32, ... rollouts."
     n = len(result.rollouts)
-    sizes = [o for o in 2**np.arange(3, 40) if o < n] + [n]
+    sizes = [o for o in 2 ** np.arange(3, 40) if o < n] + [n]
     rows = []
     for size in sizes:
         part = Result(**(vars(result) | dict(rollouts=result.rollouts[:size])))
-        rows += [dict(rollouts=int(size)) | o for o in estimates(part).query("unit == @result.units[0]").to_dict("records")]
+        rows += [
+            dict(rollouts=int(size)) | o
+            for o in estimates(part).query("unit == @result.units[0]").to_dict("records")
+        ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/compare/50_results.ipynb #8c84e2b4
 def plain(value: Any) -> Any:
     "The same for JSON: no NaN (None instead), no infinity (a string), no NumPy types."
-    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [plain(o) for o in value]
-    if isinstance(value, np.generic): value = value.item()
-    if isinstance(value, float) and not math.isfinite(value): return None if math.isnan(value) else str(value)
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(o) for o in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 # %% ../../nbs/compare/50_results.ipynb #3abe4d36
-def note_lines(about: dict) -> list[str]: # one line per note
+def note_lines(about: dict) -> list[str]:  # one line per note
     "What a reader must know besides the numbers, for the end of a printed measurement."
     return [f"  NOTE: {_shown(o)}." for o in about.get("notes", ())]
 
+
 NAMES = dict(rb="RB", mc="MC", k3="k3")
+
 
 @dataclass
 class Measurement:
     "How far a policy is from a reference: one result per direction, and what is needed to repeat it."
-    results: dict[str, Result] # by "reverse", "forward" or "jeffreys"; the headline first
-    about: dict # settings, models and their fingerprints, versions
-    seconds: dict[str, float] # generation, forward, estimation, total
-    largest: list[dict] # rollouts with the largest steps: prompt, tokens, step
+
+    results: dict[str, Result]  # by "reverse", "forward" or "jeffreys"; the headline first
+    about: dict  # settings, models and their fingerprints, versions
+    seconds: dict[str, float]  # generation, forward, estimation, total
+    largest: list[dict]  # rollouts with the largest steps: prompt, tokens, step
 
     @property
     def headline(self) -> Result:
@@ -164,53 +219,110 @@ class Measurement:
         return next(iter(self.results.values()))
 
     @property
-    def kl(self) -> Interval: # in the first of its units
+    def kl(self) -> Interval:  # in the first of its units
         "The estimate with its 95 % interval."
         return self.headline.interval()
 
     @property
-    def status(self) -> str: # "complete" or "interrupted"
+    def status(self) -> str:  # "complete" or "interrupted"
         "Whether the sampling came to its end."
-        return "interrupted" if any(o.reason == "interrupted" for o in self.results.values()) else "complete"
+        return (
+            "interrupted"
+            if any(o.reason == "interrupted" for o in self.results.values())
+            else "complete"
+        )
 
-    def to_json(self) -> dict: # plain numbers, strings, lists and dicts; NaN as None
+    def to_json(self) -> dict:  # plain numbers, strings, lists and dicts; NaN as None
         "Everything but the rollouts."
-        return plain(dict(status=self.status, **self.about, results=plain_results(self.results), seconds=self.seconds))
+        return plain(
+            dict(
+                status=self.status,
+                **self.about,
+                results=plain_results(self.results),
+                seconds=self.seconds,
+            )
+        )
 
-    def __repr__(self): return "\n".join([*map(_as_text, self.results.values()), *note_lines(self.about)])
+    def __repr__(self):
+        return "\n".join([*map(_as_text, self.results.values()), *note_lines(self.about)])
 
     def _repr_html_(self):
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
-        return f"<pre>{html.escape(repr(self))}</pre>" + (f"<p>Completions with the largest steps (nats, sum at the end):</p>{shown}" if shown else "")
+        return f"<pre>{html.escape(repr(self))}</pre>" + (
+            f"<p>Completions with the largest steps (nats, sum at the end):</p>{shown}"
+            if shown
+            else ""
+        )
 
 # %% ../../nbs/compare/50_results.ipynb #7575183b
-def plain_results(results: dict[str, Result]) -> dict: # by name: label, counts, estimates
+def plain_results(results: dict[str, Result]) -> dict:  # by name: label, counts, estimates
     "Results without their rollouts, for JSON."
-    return {name: dict(label=o.label, sampled_from=o.sampled_from, rollouts=len(o.rollouts), prompts=o.num_prompts, stopped=o.reason,
-                       variance_ratio=o.variance_ratio, estimates=estimates(o).to_dict("records")) for name, o in results.items()}
+    return {
+        name: dict(
+            label=o.label,
+            sampled_from=o.sampled_from,
+            rollouts=len(o.rollouts),
+            prompts=o.num_prompts,
+            stopped=o.reason,
+            variance_ratio=o.variance_ratio,
+            estimates=estimates(o).to_dict("records"),
+        )
+        for name, o in results.items()
+    }
+
 
 def _as_text(result: Result) -> str:
     "A few lines for people."
-    lines = [f"{result.label}, sampled from {'both' if result.sampled_from == 'both' else 'the ' + result.sampled_from}, up to {result.max_new_tokens} tokens"]
+    lines = [
+        f"{result.label}, sampled from {'both' if result.sampled_from == 'both' else 'the ' + result.sampled_from}, up to {result.max_new_tokens} tokens"
+    ]
     for name in result.estimators:
-        lines.append(f"  {NAMES[name]}   " + "   ".join(f"{result.interval(name, unit)!s:<17} {unit}" for unit in result.units))
+        lines.append(
+            f"  {NAMES[name]}   "
+            + "   ".join(f"{result.interval(name, unit)!s:<17} {unit}" for unit in result.units)
+        )
     units = "the prompts" if result.num_prompts > 1 else "single rollouts"
     used = result.rollouts.prompt.nunique() if result.num_prompts > 1 else len(result.rollouts)
-    ratio = "" if math.isnan(result.variance_ratio) else f"; variance of MC over RB: {result.variance_ratio:.3g}"
-    lines.append(f"  {len(result.rollouts):,} rollouts" + (f" of {used:,} prompts" if result.num_prompts > 1 else "") + f"; 95 % intervals over {units}{ratio}")
-    if used > 1 and (wanted := result.interval().clusters_wanted) > used: lines.append(f"  the values are skewed: about {wanted:,.0f} {'prompts' if result.num_prompts > 1 else 'rollouts'} are wanted for a 95 % interval")
+    ratio = (
+        ""
+        if math.isnan(result.variance_ratio)
+        else f"; variance of MC over RB: {result.variance_ratio:.3g}"
+    )
+    lines.append(
+        f"  {len(result.rollouts):,} rollouts"
+        + (f" of {used:,} prompts" if result.num_prompts > 1 else "")
+        + f"; 95 % intervals over {units}{ratio}"
+    )
+    if used > 1 and (wanted := result.interval().clusters_wanted) > used:
+        lines.append(
+            f"  the values are skewed: about {wanted:,.0f} {'prompts' if result.num_prompts > 1 else 'rollouts'} are wanted for a 95 % interval"
+        )
     return "\n".join([*lines, f"  stopped: {result.why}"])
 
 # %% ../../nbs/compare/50_results.ipynb #33e6d3d9
 def plot_positions(
-    positions: pd.DataFrame, # columns position, mean, low, high, reached
-    label: str, # of the divergence
+    positions: pd.DataFrame,  # columns position, mean, low, high, reached
+    label: str,  # of the divergence
 ) -> Figure:
     "Divergence by position in the completion, with 95 % intervals, and the share of completions that are that long."
     fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    ax.fill_between(positions.position, positions.low, positions.high, color=PALETTE["rb"], alpha=0.25, lw=0)
-    ax.plot(positions.position, positions["mean"], color=PALETTE["rb"], marker=MARKERS["rb"], ms=3, label="step divergence")
-    ax.set(xlabel="position in the completion (tokens)", ylabel="nats per step", title=label, ylim=(0, None))
+    ax.fill_between(
+        positions.position, positions.low, positions.high, color=PALETTE["rb"], alpha=0.25, lw=0
+    )
+    ax.plot(
+        positions.position,
+        positions["mean"],
+        color=PALETTE["rb"],
+        marker=MARKERS["rb"],
+        ms=3,
+        label="step divergence",
+    )
+    ax.set(
+        xlabel="position in the completion (tokens)",
+        ylabel="nats per step",
+        title=label,
+        ylim=(0, None),
+    )
     right = ax.twinx()
     right.plot(positions.position, positions.reached, color="0.5", ls="--", lw=1)
     right.set(ylabel="share that reach it (dashed)", ylim=(0, 1.05))
@@ -219,13 +331,20 @@ def plot_positions(
 
 # %% ../../nbs/compare/50_results.ipynb #cbe7008e
 def plot_prompts(
-    prompts: pd.DataFrame, # columns mean, low, high: one row per prompt
-    label: str, # of the divergence
+    prompts: pd.DataFrame,  # columns mean, low, high: one row per prompt
+    label: str,  # of the divergence
 ) -> Figure:
     "Mean divergence of every prompt in ascending order, with its own 95 % interval where it has one."
     ordered = prompts.sort_values("mean", ignore_index=True)
     fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    ax.vlines(ordered.index, ordered.low, ordered.high, color=PALETTE["rb"], alpha=0.4, lw=max(0.3, 60/len(ordered)**1.2))
+    ax.vlines(
+        ordered.index,
+        ordered.low,
+        ordered.high,
+        color=PALETTE["rb"],
+        alpha=0.4,
+        lw=max(0.3, 60 / len(ordered) ** 1.2),
+    )
     ax.plot(ordered.index, ordered["mean"], ls="none", marker=".", ms=4, color=PALETTE["rb"])
     ax.axhline(ordered["mean"].mean(), color="black", lw=1, ls="--", label="mean")
     ax.set(xlabel="prompts, sorted", ylabel="nats per sequence", title=label)
@@ -234,14 +353,20 @@ def plot_prompts(
 
 # %% ../../nbs/compare/50_results.ipynb #122e5a0c
 def plot_convergence(
-    steps: pd.DataFrame, # columns estimator, rollouts, mean, low, high
-    label: str, # of the divergence
+    steps: pd.DataFrame,  # columns estimator, rollouts, mean, low, high
+    label: str,  # of the divergence
 ) -> Figure:
     "Running estimates with their 95 % intervals against the number of rollouts."
     fig, ax = plt.subplots(figsize=(6.4, 3.2))
     for name, rows in steps.groupby("estimator", sort=False):
         ax.fill_between(rows.rollouts, rows.low, rows.high, color=PALETTE[name], alpha=0.2, lw=0)
-        ax.plot(rows.rollouts, rows["mean"], color=PALETTE[name], marker=MARKERS[name], label=LABELS[name])
+        ax.plot(
+            rows.rollouts,
+            rows["mean"],
+            color=PALETTE[name],
+            marker=MARKERS[name],
+            label=LABELS[name],
+        )
     ax.set(xscale="log", xlabel="rollouts", ylabel="nats per sequence", title=label)
     ax.legend()
     return fig
@@ -249,59 +374,90 @@ def plot_convergence(
 # %% ../../nbs/compare/50_results.ipynb #22f272d7
 def figures(
     result: Result,
-) -> dict: # matplotlib figures: "positions", "prompts" if there are several, and "convergence"
+) -> dict:  # matplotlib figures: "positions", "prompts" if there are several, and "convergence"
     "The figures of a result."
     return {name: draw() for name, (draw, _) in _drawings(result).items()}
+
 
 def _drawings(result: Result) -> dict[str, tuple[Callable[[], Figure], pd.DataFrame]]:
     "How each figure is drawn, and the numbers behind it."
     label, means, steps = result.label, prompt_means(result), running_estimates(result)
-    found = dict(positions=(lambda: plot_positions(result.positions, label), result.positions),
-                 prompts=(lambda: plot_prompts(means, label), means),
-                 convergence=(lambda: plot_convergence(steps, label), steps))
-    left_out = {o for o, empty in dict(positions=result.positions.empty, prompts=result.num_prompts == 1).items() if empty}
+    found = dict(
+        positions=(lambda: plot_positions(result.positions, label), result.positions),
+        prompts=(lambda: plot_prompts(means, label), means),
+        convergence=(lambda: plot_convergence(steps, label), steps),
+    )
+    left_out = {
+        o
+        for o, empty in dict(
+            positions=result.positions.empty, prompts=result.num_prompts == 1
+        ).items()
+        if empty
+    }
     return {name: o for name, o in found.items() if name not in left_out}
 
+
 def draw_results(
-    result: Result, # of one direction
-) -> dict[str, Callable[[Path], None]]: # by the figure's name; each draws and saves it under a stem
+    result: Result,  # of one direction
+) -> dict[
+    str, Callable[[Path], None]
+]:  # by the figure's name; each draws and saves it under a stem
     "Figures that have not been drawn yet, so that one that fails takes nothing with it."
+
     def save(draw, data):
         def write(stem):
             figure = draw()
-            try: save_figure(figure, stem, data)
-            finally: plt.close(figure)
+            try:
+                save_figure(figure, stem, data)
+            finally:
+                plt.close(figure)
+
         return write
+
     return {name: save(*o) for name, o in _drawings(result).items()}
 
 # %% ../../nbs/compare/50_results.ipynb #49d2ee16
-FLUSH_SECONDS = 2.  # ours: how much of a run may be lost when it is killed
+FLUSH_SECONDS = 2.0  # ours: how much of a run may be lost when it is killed
+
 
 @dataclass
 class Saver:
     "Writes a measurement's files, readable at every moment."
-    out: Path # folder, new or empty
-    about: dict # settings, models, versions
-    name: str = "rollouts" # of the Parquet file
-    parts: int = 0 # Parquet files written so far
-    waiting: list[pd.DataFrame] = field(default_factory=list) # rows not yet written
+
+    out: Path  # folder, new or empty
+    about: dict  # settings, models, versions
+    name: str = "rollouts"  # of the Parquet file
+    parts: int = 0  # Parquet files written so far
+    waiting: list[pd.DataFrame] = field(default_factory=list)  # rows not yet written
     last: float = field(default_factory=monotonic)
 
     def __post_init__(self):
         self.out = Path(self.out)
         if self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())):
-            raise InputError(f"`save` is {str(self.out)!r}, which is {'a file' if self.out.is_file() else 'not empty'}; give a new folder.")
+            raise InputError(
+                f"`save` is {str(self.out)!r}, which is {'a file' if self.out.is_file() else 'not empty'}; give a new folder."
+            )
         try:
-            (self.out/self.name).mkdir(parents=True)
+            (self.out / self.name).mkdir(parents=True)
             self.status("partial", {})
-        except OSError as error: raise InputError(f"`save` is {str(self.out)!r}, which cannot be written ({error.strerror}).") from None
+        except OSError as error:
+            raise InputError(
+                f"`save` is {str(self.out)!r}, which cannot be written ({error.strerror})."
+            ) from None
 
     def status(self, status: str, results: dict) -> None:
         "Write `measurement.json`."
         content = plain(dict(status=status, **self.about, results=results))
-        write_atomic(self.out/"measurement.json", json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace"))
+        write_atomic(
+            self.out / "measurement.json",
+            json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode(
+                "utf-8", "backslashreplace"
+            ),
+        )
 
-    def add(self, rows: pd.DataFrame, results) -> None: # results: a function, called when it is time to write
+    def add(
+        self, rows: pd.DataFrame, results
+    ) -> None:  # results: a function, called when it is time to write
         "Keep rows, and write what has been kept once in a while."
         self.waiting.append(rows)
         if monotonic() - self.last > FLUSH_SECONDS:
@@ -310,37 +466,55 @@ class Saver:
 
     def flush(self) -> None:
         "Write the rows that are waiting as one more part."
-        if not self.waiting: return
-        write_atomic(self.out/self.name/f"part-{self.parts:05d}.parquet", pd.concat(self.waiting).to_parquet(index=False))
+        if not self.waiting:
+            return
+        write_atomic(
+            self.out / self.name / f"part-{self.parts:05d}.parquet",
+            pd.concat(self.waiting).to_parquet(index=False),
+        )
         self.parts, self.waiting, self.last = self.parts + 1, [], monotonic()
 
 # %% ../../nbs/compare/50_results.ipynb #eddd4e7e
 def finish_saving(
-    saver: Saver, # of the run
-    status: str, # "complete" or "interrupted"
-    results: dict, # for `measurement.json`
-    tables: dict[str, pd.DataFrame], # written as CSV
-    drawings: dict[str, Callable[[Path], None]], # from `draw_results`, by name
-    heatmap: Callable[[], str], # gives HTML
+    saver: Saver,  # of the run
+    status: str,  # "complete" or "interrupted"
+    results: dict,  # for `measurement.json`
+    tables: dict[str, pd.DataFrame],  # written as CSV
+    drawings: dict[str, Callable[[Path], None]],  # from `draw_results`, by name
+    heatmap: Callable[[], str],  # gives HTML
 ) -> None:
     """Write rollouts, tables (CSV) and the last status; then what only shows them: figures and the heat map.
 
     A figure that fails is a warning: the numbers are there by then.
     """
     saver.flush()
-    if saver.parts: write_atomic(saver.out/f"{saver.name}.parquet", pd.read_parquet(saver.out/saver.name).to_parquet(index=False))
+    if saver.parts:
+        write_atomic(
+            saver.out / f"{saver.name}.parquet",
+            pd.read_parquet(saver.out / saver.name).to_parquet(index=False),
+        )
     for name, table in tables.items():
-        write_atomic(saver.out/f"{name}.csv", table.to_csv(index=False).encode("utf-8", "backslashreplace"))
+        write_atomic(
+            saver.out / f"{name}.csv", table.to_csv(index=False).encode("utf-8", "backslashreplace")
+        )
     saver.status(status, results)
-    for path in (saver.out/saver.name).iterdir(): path.unlink()
-    (saver.out/saver.name).rmdir()
-    for name, draw in drawings.items(): _try_to_show(f"figures/{name}", lambda draw=draw, name=name: draw(saver.out/"figures"/name))
-    _try_to_show("heatmap.html", lambda: _write_heatmap(saver.out/"heatmap.html", heatmap()))
+    for path in (saver.out / saver.name).iterdir():
+        path.unlink()
+    (saver.out / saver.name).rmdir()
+    for name, draw in drawings.items():
+        _try_to_show(
+            f"figures/{name}", lambda draw=draw, name=name: draw(saver.out / "figures" / name)
+        )
+    _try_to_show("heatmap.html", lambda: _write_heatmap(saver.out / "heatmap.html", heatmap()))
+
 
 def _try_to_show(name: str, write: Callable[[], None]) -> None:
-    try: write()
+    try:
+        write()
     except Exception as error:  # fonts, disks, back ends: whatever it is, the numbers are saved
         warnings.warn(f"`{name}` was not saved ({type(error).__name__}: {error}); the numbers are.")
 
+
 def _write_heatmap(path: Path, shown: str) -> None:
-    if shown: write_atomic(path, f'<!doctype html><meta charset="utf-8">{shown}'.encode())
+    if shown:
+        write_atomic(path, f'<!doctype html><meta charset="utf-8">{shown}'.encode())

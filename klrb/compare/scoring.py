@@ -28,162 +28,234 @@ __all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'SHOWN', 'common_width', 'own_end_tokens
            'draw']
 
 # %% ../../nbs/compare/47_scoring.ipynb #1e8387e9
-def common_width(first: Side, second: Side) -> int: # V
+def common_width(first: Side, second: Side) -> int:  # V
     "Ids that both sides give logits for. Raises `ValueError` when the tokenizer has more."
     widths = [o.model.config.get_text_config().vocab_size for o in (first, second)]
     if (wanted := max(first.tokenizer.get_vocab().values()) + 1) > min(widths):
-        raise InputError(f"the tokenizer has ids up to {wanted - 1:,}, but the models' logits have {widths[0]:,} and {widths[1]:,} "
-                         "entries; model and tokenizer do not belong together.")
+        raise InputError(
+            f"the tokenizer has ids up to {wanted - 1:,}, but the models' logits have {widths[0]:,} and {widths[1]:,} "
+            "entries; model and tokenizer do not belong together."
+        )
     return min(widths)
 
-def own_end_tokens(side: Side) -> list[int]: # sorted
+
+def own_end_tokens(side: Side) -> list[int]:  # sorted
     "Tokens that end a text of one side, by its tokenizer and its generation settings."
     given = getattr(side.model.generation_config, "eos_token_id", None)
     found = set(given) if isinstance(given, (list, tuple)) else {given}
     return sorted((found | {side.tokenizer.eos_token_id}) - {None})
 
-def end_tokens(first: Side, second: Side) -> list[int]: # sorted
+
+def end_tokens(first: Side, second: Side) -> list[int]:  # sorted
     "Tokens that end a completion, the same for both sides."
     return sorted({*own_end_tokens(first), *own_end_tokens(second)})
 
 # %% ../../nbs/compare/47_scoring.ipynb #3db3e872
-ALIASES = dict(js="jensen_shannon", tv="total_variation", hellinger="squared_hellinger", chi2="chi_square", reverse_kl="kl")
+ALIASES = dict(
+    js="jensen_shannon",
+    tv="total_variation",
+    hellinger="squared_hellinger",
+    chi2="chi_square",
+    reverse_kl="kl",
+)
+
 
 def resolve_divergence(
-    divergence: str, # a key of `klrb.steps.DIVERGENCES`, or of `ALIASES`
-    direction: str, # "reverse", "forward" or "both"
-) -> tuple[str, str]: # a key of `DIVERGENCES` other than "forward_kl", and the direction
+    divergence: str,  # a key of `klrb.steps.DIVERGENCES`, or of `ALIASES`
+    direction: str,  # "reverse", "forward" or "both"
+) -> tuple[str, str]:  # a key of `DIVERGENCES` other than "forward_kl", and the direction
     "The divergence and the direction to measure. Raises `ValueError` for unknown ones."
     name = ALIASES.get(divergence, divergence)
-    if name not in DIVERGENCES: raise InputError(f"`divergence` is {name!r}; it must be one of {', '.join([*DIVERGENCES, *ALIASES])}.")
+    if name not in DIVERGENCES:
+        raise InputError(
+            f"`divergence` is {name!r}; it must be one of {', '.join([*DIVERGENCES, *ALIASES])}."
+        )
     swapped = dict(reverse="forward", forward="reverse", both="both")
-    if direction not in swapped: raise InputError(f"`direction` is {direction!r}; it must be reverse, forward or both.")
+    if direction not in swapped:
+        raise InputError(f"`direction` is {direction!r}; it must be reverse, forward or both.")
     return ("kl", swapped[direction]) if name == "forward_kl" else (name, direction)
 
+
 def check_integer(
-    name: str, # the argument
-    value: int|None, # what was given; None: left open, which is fine
-    least: int, # smallest allowed
+    name: str,  # the argument
+    value: int | None,  # what was given; None: left open, which is fine
+    least: int,  # smallest allowed
 ) -> None:
     "Raise `ValueError` unless `value` is an integer of at least `least`."
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or value < least
+    ):
         raise InputError(f"`{name}` is {value!r}; it must be an integer of at least {least}.")
 
 # %% ../../nbs/compare/47_scoring.ipynb #c1d20a77
 def check_ids(
-    side: Side, # whose model will read them
-    rows: list[list[int]], # token ids, of prompts or documents
-    what: str = "prompt", # one row, for the message
+    side: Side,  # whose model will read them
+    rows: list[list[int]],  # token ids, of prompts or documents
+    what: str = "prompt",  # one row, for the message
 ) -> None:
     "Raise `ValueError` unless the side's model reads and gives every id."
-    known = min(len(side.model.get_input_embeddings().weight), side.model.config.get_text_config().vocab_size)
+    known = min(
+        len(side.model.get_input_embeddings().weight),
+        side.model.config.get_text_config().vocab_size,
+    )
     for number, row in enumerate(rows, 1):
-        if not row or (0 <= min(row) and max(row) < known): continue
+        if not row or (0 <= min(row) and max(row) < known):
+            continue
         wrong = next(o for o in row if not 0 <= o < known)
-        raise InputError(f"{what} {number} has the token id {wrong:,}, but {side.name!r} knows ids from 0 to {known - 1:,}; "
-                         "tokenizer and model do not belong together, or the ids are another model's.")
+        raise InputError(
+            f"{what} {number} has the token id {wrong:,}, but {side.name!r} knows ids from 0 to {known - 1:,}; "
+            "tokenizer and model do not belong together, or the ids are another model's."
+        )
 
 # %% ../../nbs/compare/47_scoring.ipynb #7aeebb72
 class _Checked(LogitsProcessor):
     "Excludes ids beyond the common width, and raises at the first NaN."
 
-    def __init__(self, width: int, complain: Callable[[int, int], None]): self.width, self.complain, self.step = width, complain, 0
+    def __init__(self, width: int, complain: Callable[[int, int], None]):
+        self.width, self.complain, self.step = width, complain, 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor: # (B, V)
-        if (bad := scores[:, :self.width].isnan().any(1)).any(): self.complain(int(bad.nonzero()[0]), self.step)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, V)
+        if (bad := scores[:, : self.width].isnan().any(1)).any():
+            self.complain(int(bad.nonzero()[0]), self.step)
         self.step += 1
-        return scores if scores.shape[1] == self.width else scores.index_fill(1, torch.arange(self.width, scores.shape[1], device=scores.device), -torch.inf)
+        return (
+            scores
+            if scores.shape[1] == self.width
+            else scores.index_fill(
+                1, torch.arange(self.width, scores.shape[1], device=scores.device), -torch.inf
+            )
+        )
+
 
 def _nan_error(side: str, prompt: int, text: str, step: int) -> ValueError:
-    return InputError(f"the {side} gives NaN logits at prompt {prompt + 1} ({text[:40]!r}), step {step + 1}; its weights or its "
-                      "number format are broken. Try `dtype` float32, or another checkpoint.")
+    return InputError(
+        f"the {side} gives NaN logits at prompt {prompt + 1} ({text[:40]!r}), step {step + 1}; its weights or its "
+        "number format are broken. Try `dtype` float32, or another checkpoint."
+    )
+
 
 @contextmanager
 def memory_errors(batch_tokens: int) -> Iterator[None]:
     "Say which option helps when memory runs out."
-    try: yield
+    try:
+        yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         told = ("out of memory", "can't allocate memory", "not enough memory")
-        if type(error) is RuntimeError and not any(o in str(error).lower() for o in told): raise
-        raise OutOfMemoryError(f"out of memory with `batch_tokens` = {batch_tokens:,}; give a smaller one, or a smaller `dtype`.") from error
+        if type(error) is RuntimeError and not any(o in str(error).lower() for o in told):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory with `batch_tokens` = {batch_tokens:,}; give a smaller one, or a smaller `dtype`."
+        ) from error
 
 # %% ../../nbs/compare/47_scoring.ipynb #bcffe4b1
 @dataclass
 class Scores:
     "Both sides' view of sampled completions."
-    step: Tensor # divergence of the two next-token distributions, 0 where masked, float64, (B, T)
-    first_logprobs: Tensor # log-probability of each token under the first side, 0 where masked, float64, (B, T)
-    second_logprobs: Tensor # the same under the second, (B, T)
-    same_top: Tensor # 1 where both sides' likeliest token is the same, if asked for, (B, T)
+
+    step: Tensor  # divergence of the two next-token distributions, 0 where masked, float64, (B, T)
+    first_logprobs: Tensor  # log-probability of each token under the first side, 0 where masked, float64, (B, T)
+    second_logprobs: Tensor  # the same under the second, (B, T)
+    same_top: Tensor  # 1 where both sides' likeliest token is the same, if asked for, (B, T)
+
 
 LOGITS_AT_ONCE = 2**24  # ours: 64 MB of float32 per side
 
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]: # ids and mask, (B, P)
+
+def pad_left(
+    rows: list[list[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:  # ids and mask, (B, P)
     "Prompts of unequal lengths as one batch."
     width = max(map(len, rows))
-    ids = torch.tensor([[pad]*(width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0]*(width - len(row)) + [1]*len(row) for row in rows], device=device)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
 # %% ../../nbs/compare/47_scoring.ipynb #62b57771
-def _step_values(divergence: str, p: Tensor, q: Tensor, alpha: float) -> Tensor: # (B, T)
-    rows = [o.reshape(-1, o.shape[-1]).split(max(1, (COMPILE_FROM - 1)//o.shape[-1])) for o in (p, q)]
-    return torch.cat([step_divergence(divergence, *pair, alpha) for pair in zip(*rows)]).view(p.shape[:-1])
+def _step_values(divergence: str, p: Tensor, q: Tensor, alpha: float) -> Tensor:  # (B, T)
+    rows = [
+        o.reshape(-1, o.shape[-1]).split(max(1, (COMPILE_FROM - 1) // o.shape[-1])) for o in (p, q)
+    ]
+    return torch.cat([step_divergence(divergence, *pair, alpha) for pair in zip(*rows)]).view(
+        p.shape[:-1]
+    )
 
 # %% ../../nbs/compare/47_scoring.ipynb #a04be7f5
-def _groups(keys: list[int]) -> list[list[int]]: # row numbers
+def _groups(keys: list[int]) -> list[list[int]]:  # row numbers
     "Rows of one key together, in order."
     found: dict[int, list[int]] = {}
-    for row, key in enumerate(keys): found.setdefault(key, []).append(row)
+    for row, key in enumerate(keys):
+        found.setdefault(key, []).append(row)
     return list(found.values())
 
+
 def _side_logits(
-    side: Side, prompts: list[list[int]], ids: Tensor, mask: Tensor, temperature: float, width: int,
-) -> Tensor: # (B, T, V), on the device of the model
+    side: Side,
+    prompts: list[list[int]],
+    ids: Tensor,
+    mask: Tensor,
+    temperature: float,
+    width: int,
+) -> Tensor:  # (B, T, V), on the device of the model
     "One side's logits at every step, rows together only where the model bears it."
     lengths = [len(row) + int(n) for row, n in zip(prompts, mask.sum(1))]
     with side.active() as model:
         check = known_scoring(model)
-        keys = [check.group(len(p) if check.equal_lengths else n - 1) for p, n in zip(prompts, lengths)]
+        keys = [
+            check.group(len(p) if check.equal_lengths else n - 1) for p, n in zip(prompts, lengths)
+        ]
         found = None
         for rows in _groups(keys):
-            T = int(mask[rows].sum(1).max())  # a longer row of another group must not lengthen these
+            T = int(
+                mask[rows].sum(1).max()
+            )  # a longer row of another group must not lengthen these
             padded = pad_left([prompts[i] for i in rows], side.pad_id, model.device)
             part = ids[rows, :T].to(model.device), mask[rows, :T].to(model.device)
             logits = completion_logits(model, *padded, *part, temperature, check.bare)[..., :width]
-            if found is None: found = logits.new_zeros(len(ids), ids.shape[1], logits.shape[-1])
+            if found is None:
+                found = logits.new_zeros(len(ids), ids.shape[1], logits.shape[-1])
             found[rows, :T] = logits
     return found
 
 # %% ../../nbs/compare/47_scoring.ipynb #63a2c29c
 @torch.no_grad()
 def score_completions(
-    sides: tuple[Side, Side], # p and q of D(p || q)
-    prompts: tuple[list, list], # token ids of each side's prompts, B lists each
-    completion_ids: Tensor, # (B, T)
-    completion_mask: Tensor, # 1 up to and including the end, (B, T)
-    width: int, # V, ids to compare
-    temperatures: tuple[float, float] = (1., 1.), # divide each side's logits
-    divergence: str = "kl", # a key of `klrb.steps.DIVERGENCES`
-    alpha: float = 0.5, # order of the "alpha" divergence
-    seconds: dict|None = None, # "forward" and "estimation" are added up here
-    tops: bool = False, # compare likeliest tokens
-) -> Scores: # NaN where a side gives NaN
+    sides: tuple[Side, Side],  # p and q of D(p || q)
+    prompts: tuple[list, list],  # token ids of each side's prompts, B lists each
+    completion_ids: Tensor,  # (B, T)
+    completion_mask: Tensor,  # 1 up to and including the end, (B, T)
+    width: int,  # V, ids to compare
+    temperatures: tuple[float, float] = (1.0, 1.0),  # divide each side's logits
+    divergence: str = "kl",  # a key of `klrb.steps.DIVERGENCES`
+    alpha: float = 0.5,  # order of the "alpha" divergence
+    seconds: dict | None = None,  # "forward" and "estimation" are added up here
+    tops: bool = False,  # compare likeliest tokens
+) -> Scores:  # NaN where a side gives NaN
     "Exact step divergence and token log-probabilities of given completions, on the first side's device."
-    seconds = dict(forward=0., estimation=0.) if seconds is None else seconds
+    seconds = dict(forward=0.0, estimation=0.0) if seconds is None else seconds
     parts = []
-    for rows in torch.arange(len(completion_ids)).split(max(1, LOGITS_AT_ONCE//(completion_ids.shape[1]*width))):
+    for rows in torch.arange(len(completion_ids)).split(
+        max(1, LOGITS_AT_ONCE // (completion_ids.shape[1] * width))
+    ):
         began, logits = perf_counter(), []
         for side, ids, temperature in zip(sides, prompts, temperatures):
             given = [ids[i] for i in rows]
-            logits.append(_side_logits(side, given, completion_ids[rows], completion_mask[rows], temperature, width))
+            logits.append(
+                _side_logits(
+                    side, given, completion_ids[rows], completion_mask[rows], temperature, width
+                )
+            )
         scored = perf_counter()
         place = "cpu" if logits[0].device.type == "mps" else logits[0].device  # MPS has no float64
         p, q = (o.to(place).float() for o in logits)  # (rows, T, V)
         ids, mask = completion_ids[rows].to(p.device), completion_mask[rows].to(p.device) == 0
         same_top = (p.argmax(-1) == q.argmax(-1)).float() if tops else torch.zeros(ids.shape)
-        values = _step_values(divergence, p, q, alpha), token_logprobs(p, ids), token_logprobs(q, ids), same_top
-        parts.append(torch.stack([o.cpu().double().masked_fill(mask.cpu(), 0.) for o in values]))
+        values = (
+            _step_values(divergence, p, q, alpha),
+            token_logprobs(p, ids),
+            token_logprobs(q, ids),
+            same_top,
+        )
+        parts.append(torch.stack([o.cpu().double().masked_fill(mask.cpu(), 0.0) for o in values]))
         seconds["forward"] += scored - began
         seconds["estimation"] += perf_counter() - scored
     return Scores(*torch.cat(parts, 1))
@@ -192,23 +264,30 @@ def score_completions(
 @dataclass
 class RolloutStream:
     "Rollouts of the first side, scored by both, drawn when asked for."
-    sides: tuple[Side, Side] # the one that is sampled, and the other
-    roles: tuple[str, str] # "policy" and "reference", or the other way round
-    texts: list # the prompts, for messages
-    prompts: tuple[list, list] # their token ids, for each side
-    order: np.ndarray # shuffled prompt numbers, (P,)
-    max_new_tokens: int # T
-    temperatures: tuple[float, float] = (1., 1.) # of the sides
-    divergence: str = "kl" # a key of `klrb.steps.DIVERGENCES`
-    alpha: float = 0.5 # order of the "alpha" divergence
-    batch_tokens: int = 4096 # prompt and completion tokens of one batch
-    seed: int = 0 # of the sampling
-    ends: list[int]|None = None # tokens that end a completion; None: those of either side
-    after_batch: Callable|None = None # called with the stream and the rows of each batch
-    rows: list[pd.DataFrame] = field(default_factory=list) # what has been drawn
-    seconds: dict[str, float] = field(default_factory=lambda: dict(generation=0., forward=0., estimation=0.))
-    largest: list[dict] = field(default_factory=list) # rollouts with the largest steps, with their tokens
-    last_tokens: list[tuple] = field(default_factory=list) # token ids and step divergences of the last batch
+
+    sides: tuple[Side, Side]  # the one that is sampled, and the other
+    roles: tuple[str, str]  # "policy" and "reference", or the other way round
+    texts: list  # the prompts, for messages
+    prompts: tuple[list, list]  # their token ids, for each side
+    order: np.ndarray  # shuffled prompt numbers, (P,)
+    max_new_tokens: int  # T
+    temperatures: tuple[float, float] = (1.0, 1.0)  # of the sides
+    divergence: str = "kl"  # a key of `klrb.steps.DIVERGENCES`
+    alpha: float = 0.5  # order of the "alpha" divergence
+    batch_tokens: int = 4096  # prompt and completion tokens of one batch
+    seed: int = 0  # of the sampling
+    ends: list[int] | None = None  # tokens that end a completion; None: those of either side
+    after_batch: Callable | None = None  # called with the stream and the rows of each batch
+    rows: list[pd.DataFrame] = field(default_factory=list)  # what has been drawn
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict(generation=0.0, forward=0.0, estimation=0.0)
+    )
+    largest: list[dict] = field(
+        default_factory=list
+    )  # rollouts with the largest steps, with their tokens
+    last_tokens: list[tuple] = field(
+        default_factory=list
+    )  # token ids and step divergences of the last batch
 
     def __post_init__(self):
         for side, role, rows in zip(self.sides, self.roles, self.prompts):
@@ -219,61 +298,112 @@ class RolloutStream:
         self.ends = end_tokens(*self.sides) if self.ends is None else self.ends
         longest = max(len(row) for side in self.prompts for row in side) + self.max_new_tokens
         if longest > self.batch_tokens:
-            raise InputError(f"`batch_tokens` is {self.batch_tokens:,}, but one rollout has up to {longest:,} tokens; give at least that many.")
-        self.batch_rows = self.batch_tokens//longest
-        self.by_position = np.zeros((2, len(self.order), self.max_new_tokens))  # sum and count, per prompt and position
+            raise InputError(
+                f"`batch_tokens` is {self.batch_tokens:,}, but one rollout has up to {longest:,} tokens; give at least that many."
+            )
+        self.batch_rows = self.batch_tokens // longest
+        self.by_position = np.zeros(
+            (2, len(self.order), self.max_new_tokens)
+        )  # sum and count, per prompt and position
         self.square = np.zeros(self.max_new_tokens)
 
-    def __len__(self): return sum(map(len, self.rows))
+    def __len__(self):
+        return sum(map(len, self.rows))
 
     @property
-    def frame(self) -> pd.DataFrame: # one row per rollout
+    def frame(self) -> pd.DataFrame:  # one row per rollout
         "All rows so far."
-        if len(self.rows) > 1: self.rows[:] = [pd.concat(self.rows, ignore_index=True)]
-        return self.rows[0] if self.rows else pd.DataFrame(columns=["prompt", "length", "rb", "mc", "k3"])
+        if len(self.rows) > 1:
+            self.rows[:] = [pd.concat(self.rows, ignore_index=True)]
+        return (
+            self.rows[0]
+            if self.rows
+            else pd.DataFrame(columns=["prompt", "length", "rb", "mc", "k3"])
+        )
 
 # %% ../../nbs/compare/47_scoring.ipynb #b0b0fede
 SHOWN = 5  # ours: rollouts with the largest steps that are kept with their tokens
 
+
 def draw(
-    stream: RolloutStream, # to be extended
-    num_rollouts: int, # rollouts that shall exist
-) -> pd.DataFrame: # all rows of the stream, at least `num_rollouts`
+    stream: RolloutStream,  # to be extended
+    num_rollouts: int,  # rollouts that shall exist
+) -> pd.DataFrame:  # all rows of the stream, at least `num_rollouts`
     "Extend a stream, batch by batch. Raises `ValueError` on NaN logits and `MemoryError` when a batch does not fit."
     while (done := len(stream)) < num_rollouts:
-        which = stream.order[np.arange(done, min(num_rollouts, done + stream.batch_rows)) % len(stream.order)]
-        with memory_errors(stream.batch_tokens): rows = _one_batch(stream, which, done)
+        which = stream.order[
+            np.arange(done, min(num_rollouts, done + stream.batch_rows)) % len(stream.order)
+        ]
+        with memory_errors(stream.batch_tokens):
+            rows = _one_batch(stream, which, done)
         stream.rows.append(rows)
-        if stream.after_batch: stream.after_batch(stream, rows)
+        if stream.after_batch:
+            stream.after_batch(stream, rows)
     return stream.frame
 
-def _sample(stream: RolloutStream, model, prompts: list, complain: Callable) -> tuple[Tensor, Tensor]: # (B, T) each
+
+def _sample(
+    stream: RolloutStream, model, prompts: list, complain: Callable
+) -> tuple[Tensor, Tensor]:  # (B, T) each
     "Completions and their mask, rows together only where the model bears it."
     pad, check = stream.sides[0].pad_id, known_scoring(model)
     parts = []
     for rows in _groups([check.group(len(o)) for o in prompts]):
-        def complain_of(row, step, rows=rows): complain(rows[row], step)
+
+        def complain_of(row, step, rows=rows):
+            complain(rows[row], step)
+
         padded = pad_left([prompts[i] for i in rows], pad, model.device)
         checked = LogitsProcessorList([_Checked(stream.width, complain_of)])
-        parts.append((rows, *sample_completions(model, *padded, stream.max_new_tokens, stream.temperatures[0],
-                                                stream.ends, pad, checked, check.bare)))
+        parts.append(
+            (
+                rows,
+                *sample_completions(
+                    model,
+                    *padded,
+                    stream.max_new_tokens,
+                    stream.temperatures[0],
+                    stream.ends,
+                    pad,
+                    checked,
+                    check.bare,
+                ),
+            )
+        )
     longest = max(ids.shape[1] for _, ids, _ in parts)
     found = torch.full((2, len(prompts), longest), pad, device=model.device)
     found[1] = 0
-    for rows, *values in parts: found[:, rows, :values[0].shape[1]] = torch.stack(values)
+    for rows, *values in parts:
+        found[:, rows, : values[0].shape[1]] = torch.stack(values)
     return found[0], found[1]
+
 
 def _one_batch(stream: RolloutStream, which: np.ndarray, done: int) -> pd.DataFrame:
     sampled, tokenizer = stream.sides[0], stream.sides[0].tokenizer
     prompts = tuple([ids[i] for i in which] for ids in stream.prompts)
-    def complain(row, step): raise _nan_error(stream.roles[0], which[row], str(stream.texts[which[row]]), step)
+
+    def complain(row, step):
+        raise _nan_error(stream.roles[0], which[row], str(stream.texts[which[row]]), step)
+
     began = perf_counter()
-    seed = np.random.SeedSequence([stream.seed, stream.roles[0] == "reference", done]).generate_state(1)[0]
+    seed = np.random.SeedSequence(
+        [stream.seed, stream.roles[0] == "reference", done]
+    ).generate_state(1)[0]
     with torch.random.fork_rng(), sampled.active() as model:
         torch.manual_seed(int(seed))
         ids, mask = _sample(stream, model, prompts[0], complain)
     stream.seconds["generation"] += perf_counter() - began
-    scores = score_completions(stream.sides, prompts, ids, mask, stream.width, stream.temperatures, stream.divergence, stream.alpha, stream.seconds)
+    scores = score_completions(
+        stream.sides,
+        prompts,
+        ids,
+        mask,
+        stream.width,
+        stream.temperatures,
+        stream.divergence,
+        stream.alpha,
+        stream.seconds,
+    )
     for role, values in zip(stream.roles, (scores.first_logprobs, scores.second_logprobs)):
         if (bad := values.isnan()).any():
             row, step = bad.nonzero()[0].tolist()
@@ -285,17 +415,29 @@ def _reduce(stream, which, scores, ids, mask, tokenizer) -> pd.DataFrame:
     began, lengths, T = perf_counter(), mask.sum(1), mask.shape[1]
     is_kl = DIVERGENCES[stream.divergence].chain_rule != "none"
     ratio = scores.first_logprobs - scores.second_logprobs
-    sampled = (ratio.sum(1), k3(scores.first_logprobs, scores.second_logprobs).sum(1)) if is_kl else [torch.full((len(ids),), torch.nan)]*2
+    sampled = (
+        (ratio.sum(1), k3(scores.first_logprobs, scores.second_logprobs).sum(1))
+        if is_kl
+        else [torch.full((len(ids),), torch.nan)] * 2
+    )
     step = scores.step.numpy()
     np.add.at(stream.by_position[0, :, :T], which, step)
     np.add.at(stream.by_position[1, :, :T], which, mask.numpy())
     stream.square[:T] += (step**2).sum(0)
-    kept = [(row[:n].tolist(), values[:n].tolist()) for row, values, n in zip(ids, scores.step, lengths)]
+    kept = [
+        (row[:n].tolist(), values[:n].tolist()) for row, values, n in zip(ids, scores.step, lengths)
+    ]
     columns = dict(prompt=which, length=lengths, rb=step.sum(1), mc=sampled[0], k3=sampled[1])
     rows = pd.DataFrame({name: np.asarray(o) for name, o in columns.items()})
     stream.seconds["estimation"] += perf_counter() - began
     for i in np.argsort(-step.max(1))[:SHOWN]:
-        stream.largest.append(dict(prompt=int(which[i]), tokens=[tokenizer.decode([o]) for o in kept[i][0]], step=kept[i][1]))
+        stream.largest.append(
+            dict(
+                prompt=int(which[i]),
+                tokens=[tokenizer.decode([o]) for o in kept[i][0]],
+                step=kept[i][1],
+            )
+        )
     stream.largest = sorted(stream.largest, key=lambda o: -max(o["step"]))[:SHOWN]
     stream.last_tokens = kept  # of this batch, for whoever saves it
     return rows

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .. import __version__
 from ..adapters import attach_adapter, check_active, check_adapters, one_line, split_name
@@ -34,23 +39,27 @@ __all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe
 @dataclass
 class Side:
     "One of the two models that are compared, ready to run."
-    name: str # as it was given
-    model: PreTrainedModel # the same object on both sides when they share weights
-    tokenizer: PreTrainedTokenizerBase # of both sides
-    peft: Any = None # the `PeftModel` around `model`, if there is one
-    adapter: str|None = None # which of its adapters is on; None: none
+
+    name: str  # as it was given
+    model: PreTrainedModel  # the same object on both sides when they share weights
+    tokenizer: PreTrainedTokenizerBase  # of both sides
+    peft: Any = None  # the `PeftModel` around `model`, if there is one
+    adapter: str | None = None  # which of its adapters is on; None: none
 
     @contextmanager
-    def active(self) -> Iterator[PreTrainedModel]: # the model, with this side's adapter
+    def active(self) -> Iterator[PreTrainedModel]:  # the model, with this side's adapter
         "Run the model as this side."
-        if self.peft is None: yield self.model
+        if self.peft is None:
+            yield self.model
         elif self.adapter is None:
-            with self.peft.disable_adapter(): yield self.model
+            with self.peft.disable_adapter():
+                yield self.model
         else:
-            if self.peft.active_adapter != self.adapter: self.peft.set_adapter(self.adapter)
+            if self.peft.active_adapter != self.adapter:
+                self.peft.set_adapter(self.adapter)
             yield self.model
 
-    def fingerprint(self) -> str: # 16 hexadecimal digits
+    def fingerprint(self) -> str:  # 16 hexadecimal digits
         "Hash of the weights, from a sample of every tensor."
         digest = hashlib.sha256()
         switched_off = set() if self.peft is None else set(self.peft.peft_config) - {self.adapter}
@@ -62,70 +71,115 @@ class Side:
             wrappers = (self.adapter, "base_layer", "original_module")
             name = ".".join(o for o in parts if o not in wrappers)
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(flat[::max(1, len(flat)//4096)].float().cpu().numpy().tobytes())
+            digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @property
     def pad_id(self) -> int:
         "A token for positions that are masked: which one does not matter."
-        return next((o for o in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if o is not None), 0)
+        return next(
+            (
+                o
+                for o in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+                if o is not None
+            ),
+            0,
+        )
 
     @property
-    def context(self) -> int|None: # positions; None: no limit is known
+    def context(self) -> int | None:  # positions; None: no limit is known
         "How many tokens the model can read."
         return context_length(self.model.config)
 
 # %% ../../nbs/compare/45_sides.ipynb #15416958
 DTYPES = ("float32", "bfloat16", "float16")
 
+
 def pick_device(
-    device: str = "auto", # "auto", "cpu", "cuda", "cuda:1", "mps"
+    device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> torch.device:
     "The device by name; automatic: CUDA, then MPS, then CPU. Raises `ValueError` when it is not there."
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try: return torch.empty(0, device=device).device
+        return torch.device(
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
+    try:
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"`device` is {device!r}, which is not available ({_first_line(error)}); use auto, cpu, cuda or mps.") from None
+        raise InputError(
+            f"`device` is {device!r}, which is not available ({_first_line(error)}); use auto, cpu, cuda or mps."
+        ) from None
+
 
 _first_line = one_line
+
 
 def _check_exists(name: str) -> None:
     path = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
-    if looks_local and not path.exists(): raise InputError(f"`model` is {name!r}, and there is no such file or folder.")
+    if looks_local and not path.exists():
+        raise InputError(f"`model` is {name!r}, and there is no such file or folder.")
     if path.suffix == ".gguf" and find_spec("gguf") is None:
-        raise InputError(f"`model` is {name!r}; reading GGUF files needs the gguf package: pip install klrb[gguf]")
-    if path.is_dir() and not (path/"config.json").exists():
-        hint = "is an adapter: write BASE+ADAPTER" if (path/"adapter_config.json").exists() else "has no config.json; give a folder that save_pretrained wrote"
+        raise InputError(
+            f"`model` is {name!r}; reading GGUF files needs the gguf package: pip install klrb[gguf]"
+        )
+    if path.is_dir() and not (path / "config.json").exists():
+        hint = (
+            "is an adapter: write BASE+ADAPTER"
+            if (path / "adapter_config.json").exists()
+            else "has no config.json; give a folder that save_pretrained wrote"
+        )
         raise InputError(f"`model` is {name!r}, which {hint}.")
 
 # %% ../../nbs/compare/45_sides.ipynb #7549b200
 def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
     path, safe = Path(name).expanduser(), {}
     is_gguf = path.suffix == ".gguf"
-    if is_gguf: where, settings["gguf_file"] = str(path.parent), path.name
-    else: where, safe = str(path) if path.is_dir() else name, dict(use_safetensors=True)
+    if is_gguf:
+        where, settings["gguf_file"] = str(path.parent), path.name
+    else:
+        where, safe = str(path) if path.is_dir() else name, dict(use_safetensors=True)
     try:
-        if is_gguf: model = load_gguf(path, dtype, **settings)
+        if is_gguf:
+            model = load_gguf(path, dtype, **settings)
         tokenizer = AutoTokenizer.from_pretrained(where, **settings)
-        if is_gguf: return tokenizer, *model
-        return tokenizer, *AutoModelForCausalLM.from_pretrained(where, dtype=dtype, output_loading_info=True, **safe, **settings)
-    except InputError: raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
-            SafetensorError, StrictDataclassError) as error:
-        raise InputError(f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a "
-                         "folder with config.json, "
-                         "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a "
-                         "network or a filled cache).") from error
+        if is_gguf:
+            return tokenizer, *model
+        return tokenizer, *AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, output_loading_info=True, **safe, **settings
+        )
+    except InputError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        raise InputError(
+            f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a "
+            "folder with config.json, "
+            "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a "
+            "network or a filled cache)."
+        ) from error
+
 
 def load_named(
-    name: str, # "pocket", "tiny-random", a local folder, a GGUF file or a Hub id
-    dtype: str = "float32", # ours: half-precision logits have rounding of the size of small KLs
-    device: str = "auto", # see `pick_device`
-    trust_remote_code: bool = False, # run code that comes with the checkpoint
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]: # in evaluation mode, and its tokenizer
-    "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights "
+    name: str,  # "pocket", "tiny-random", a local folder, a GGUF file or a Hub id
+    dtype: str = "float32",  # ours: half-precision logits have rounding of the size of small KLs
+    device: str = "auto",  # see `pick_device`
+    trust_remote_code: bool = False,  # run code that comes with the checkpoint
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in evaluation mode, and its tokenizer
+    "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights"
     "are missing."
     if dtype not in DTYPES:
         raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
@@ -133,26 +187,30 @@ def load_named(
     if name in ("pocket", "tiny-random"):
         return load_model(name).to(place, getattr(torch, dtype)), load_tokenizer(name)
     _check_exists(name)
-    tokenizer, model, info = _from_pretrained(name, getattr(torch, dtype), dict(trust_remote_code=trust_remote_code))
+    tokenizer, model, info = _from_pretrained(
+        name, getattr(torch, dtype), dict(trust_remote_code=trust_remote_code)
+    )
     if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise InputError(f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of "
-                         "the model or has them in another "
-                         f"shape (first: {missing[0]}); they would be random. Is it a complete "
-                         "causal language model?")
+        raise InputError(
+            f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of "
+            "the model or has them in another "
+            f"shape (first: {missing[0]}); they would be random. Is it a complete "
+            "causal language model?"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(f"`model` is {name!r}, which is an adapter: write BASE+ADAPTER.")
     return model.to(place).eval(), tokenizer
 
 # %% ../../nbs/compare/45_sides.ipynb #0049b9fc
 def load_pair(
-    policy: str|Path|PreTrainedModel, # name or loaded model
-    reference: str|Path|PreTrainedModel, # name or loaded model
-    tokenizer: PreTrainedTokenizerBase|None = None, # of loaded models; None: by the model's name
-    dtype: str = "float32", # see `load_named`
-    device: str = "auto", # see `pick_device`
-    trust_remote_code: bool = False, # run code that comes with a checkpoint
-) -> tuple[Side, Side]: # policy and reference
-    "Load both sides, sharing weights where they can be shared. Raises `ValueError` when they "
+    policy: str | Path | PreTrainedModel,  # name or loaded model
+    reference: str | Path | PreTrainedModel,  # name or loaded model
+    tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
+    dtype: str = "float32",  # see `load_named`
+    device: str = "auto",  # see `pick_device`
+    trust_remote_code: bool = False,  # run code that comes with a checkpoint
+) -> tuple[Side, Side]:  # policy and reference
+    "Load both sides, sharing weights where they can be shared. Raises `ValueError` when they"
     "cannot be compared."
     given = (policy, reference)
     names = [split_name(str(o))[0] for o in given if isinstance(o, (str, Path))]
@@ -161,7 +219,9 @@ def load_pair(
     ours, theirs = sides or _load_sides(given, None, *settings)
     _join(ours, theirs)
     if ours.tokenizer is not theirs.tokenizer:
-        check_same_tokenizer(ours.tokenizer, theirs.tokenizer, special=False)  # klrb.compare.prompts: ends, beginnings
+        check_same_tokenizer(
+            ours.tokenizer, theirs.tokenizer, special=False
+        )  # klrb.compare.prompts: ends, beginnings
     for side in (ours, theirs):
         with side.active() as model:
             check_scoring(model)
@@ -169,34 +229,49 @@ def load_pair(
 
 # %% ../../nbs/compare/45_sides.ipynb #d9ddceac
 def _load_sides(
-    given: tuple, bases: dict[str, Side]|None, tokenizer, settings: tuple,
-) -> list[Side]|None:
+    given: tuple,
+    bases: dict[str, Side] | None,
+    tokenizer,
+    settings: tuple,
+) -> list[Side] | None:
     "Both sides; None when `bases` was to hold what they share, and they cannot share."
     sides = []
     for role, o in zip(("policy", "reference"), given):
-        if isinstance(o, (str, Path)): sides.append(_named_side(str(o), role, bases, settings))
+        if isinstance(o, (str, Path)):
+            sides.append(_named_side(str(o), role, bases, settings))
         elif hasattr(o, "generate") and hasattr(o, "config"):
             sides.append(_loaded_side(o, tokenizer, role))
         else:
-            raise InputTypeError(f"`{role}` is a {type(o).__name__}; it must be a name, a path, a "
-                                 "PreTrainedModel or a "
-                                 "PeftModel.")
-        if sides[-1] is None: return None
+            raise InputTypeError(
+                f"`{role}` is a {type(o).__name__}; it must be a name, a path, a "
+                "PreTrainedModel or a "
+                "PeftModel."
+            )
+        if sides[-1] is None:
+            return None
     return sides
 
-def _named_side(name: str, role: str, bases: dict[str, Side]|None, settings: tuple) -> Side|None:
+
+def _named_side(
+    name: str, role: str, bases: dict[str, Side] | None, settings: tuple
+) -> Side | None:
     base, adapter = split_name(name)
     first = None if bases is None else bases.get(base)
-    if first is None: first = Side(base, *load_named(base, *settings))
-    if bases is not None: bases[base] = first
+    if first is None:
+        first = Side(base, *load_named(base, *settings))
+    if bases is not None:
+        bases[base] = first
     if adapter is None:
         plain = first.name == name and first.peft is None
         return first if plain else Side(name, first.model, first.tokenizer, first.peft)
-    try: first.peft, intact = attach_adapter(first.model, adapter, role, first.peft)
+    try:
+        first.peft, intact = attach_adapter(first.model, adapter, role, first.peft)
     except InputError:
-        if first.peft is None: raise
+        if first.peft is None:
+            raise
         return None  # two adapters that do not go together
-    if bases is not None and not intact: return None
+    if bases is not None and not intact:
+        return None
     return Side(name, first.model, first.tokenizer, first.peft, role)
 
 # %% ../../nbs/compare/45_sides.ipynb #6c1f0b7e
@@ -204,44 +279,65 @@ def _loaded_side(given, tokenizer, role: str) -> Side:
     is_peft = hasattr(given, "get_base_model")
     model = given.get_base_model() if is_peft else given
     name = model.config.name_or_path or type(model).__name__
-    if is_peft: check_active(given)
+    if is_peft:
+        check_active(given)
     if tokenizer is None:
-        try: tokenizer = load_tokenizer(model.config.name_or_path)
+        try:
+            tokenizer = load_tokenizer(model.config.name_or_path)
         except ValueError as error:
-            raise InputError(f"`{role}` is a loaded model, and its tokenizer was not found: pass "
-                             "`tokenizer`.") from error
-    if not is_peft: return Side(name, model.eval(), tokenizer)
+            raise InputError(
+                f"`{role}` is a loaded model, and its tokenizer was not found: pass `tokenizer`."
+            ) from error
+    if not is_peft:
+        return Side(name, model.eval(), tokenizer)
     return Side(name, model.eval(), tokenizer, given, given.active_adapter)
+
 
 def _join(ours: Side, theirs: Side) -> None:
     "Let both sides know of the `PeftModel` that one of them was given as."
-    if ours.model is not theirs.model: return _check_apart(ours.model, theirs.model)
-    if ours.peft is theirs.peft: return
+    if ours.model is not theirs.model:
+        return _check_apart(ours.model, theirs.model)
+    if ours.peft is theirs.peft:
+        return
     if ours.peft is not None and theirs.peft is not None:
-        raise InputError("`policy` and `reference` are two PeftModels around one base, whose "
-                         "layers now hold the adapters "
-                         "of both; load a base for each, or put both adapters into one PeftModel.")
+        raise InputError(
+            "`policy` and `reference` are two PeftModels around one base, whose "
+            "layers now hold the adapters "
+            "of both; load a base for each, or put both adapters into one PeftModel."
+        )
     ours.peft = theirs.peft = ours.peft if theirs.peft is None else theirs.peft
     check_adapters(ours.peft)
+
 
 def _check_apart(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     parts = [o for model in (ours, theirs) for o in model.modules() if o is not model]
     shared = {id(o) for o in ours.parameters()}.intersection(id(o) for o in theirs.parameters())
     if shared and any(hasattr(o, "disable_adapters") for o in parts):
-        raise InputError("`policy` and `reference` share weights that an adapter is written into, "
-                         "so that both would run "
-                         "with it; give the PeftModel and its `get_base_model()`, or load the "
-                         "reference by name.")
+        raise InputError(
+            "`policy` and `reference` share weights that an adapter is written into, "
+            "so that both would run "
+            "with it; give the PeftModel and its `get_base_model()`, or load the "
+            "reference by name."
+        )
 
 # %% ../../nbs/compare/45_sides.ipynb #50eac5cc
 def describe(
-    sides: tuple[Side, Side], # policy and reference
-) -> dict: # "models": name, fingerprint, dtype and device of both; "versions"
+    sides: tuple[Side, Side],  # policy and reference
+) -> dict:  # "models": name, fingerprint, dtype and device of both; "versions"
     "Models and versions, for the record."
     versions = dict(klrb=__version__, python=platform.python_version())
     for name in ("torch", "transformers", "tokenizers", "peft", "gguf", "numpy"):
-        try: versions[name] = version(name)
-        except PackageNotFoundError: pass
-    models = {role: dict(name=o.name, fingerprint=o.fingerprint(), dtype=str(o.model.dtype).removeprefix("torch."), device=str(o.model.device))
-              for role, o in zip(("policy", "reference"), sides)}
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    models = {
+        role: dict(
+            name=o.name,
+            fingerprint=o.fingerprint(),
+            dtype=str(o.model.dtype).removeprefix("torch."),
+            device=str(o.model.device),
+        )
+        for role, o in zip(("policy", "reference"), sides)
+    }
     return dict(models=models, versions=versions)

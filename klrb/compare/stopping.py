@@ -22,76 +22,102 @@ __all__ = ['FIRST_ROUND', 'Tolerance', 'parse_tolerance', 'next_size', 'sample_u
 @dataclass(frozen=True)
 class Tolerance:
     "Half-width that an interval may have."
-    value: float # nats, or a share of the estimate
-    relative: bool = False # True: a share
 
-    def allowed(self, mean: float) -> float: # nats
+    value: float  # nats, or a share of the estimate
+    relative: bool = False  # True: a share
+
+    def allowed(self, mean: float) -> float:  # nats
         "Largest half-width at this estimate."
-        return self.value*abs(mean) if self.relative else self.value
+        return self.value * abs(mean) if self.relative else self.value
 
-    def __str__(self): return f"{self.value:.4g}" if not self.relative else f"{100*self.value:.4g} %"
+    def __str__(self):
+        return f"{self.value:.4g}" if not self.relative else f"{100 * self.value:.4g} %"
 
 # %% ../../nbs/compare/48_stopping.ipynb #837d02fa
 def parse_tolerance(
-    text: str | float | Tolerance, # "0.05", 0.05 or "5%"
+    text: str | float | Tolerance,  # "0.05", 0.05 or "5%"
 ) -> Tolerance:
     "Read a tolerance. Raises `ValueError` unless it is a positive number, with or without a percent sign."
-    if isinstance(text, Tolerance): return text
+    if isinstance(text, Tolerance):
+        return text
     match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(%?)\s*", str(text))
-    try: value = float(match[1])
-    except (TypeError, ValueError): value = math.nan
+    try:
+        value = float(match[1])
+    except (TypeError, ValueError):
+        value = math.nan
     if not 0 < value < math.inf:
-        raise InputError(f"`tolerance` is {text!r}; it must be a positive number of nats such as 0.05, or a percentage such as 5%.")
-    return Tolerance(value/100, True) if match[2] else Tolerance(value)
+        raise InputError(
+            f"`tolerance` is {text!r}; it must be a positive number of nats such as 0.05, or a percentage such as 5%."
+        )
+    return Tolerance(value / 100, True) if match[2] else Tolerance(value)
 
 # %% ../../nbs/compare/48_stopping.ipynb #f863a64b
 FIRST_ROUND = 256  # rollouts; ours, chosen by the simulation below
 
+
 def next_size(
-    values, # one value per rollout so far, (N,)
-    lengths, # what they are divided by, (N,)
-    allowed: float, # half-width that is wanted
-    num_prompts: int = 1, # P; rollout i belongs to prompt i mod P
-) -> float: # rollouts that are planned next: N to stop, inf when no number is enough
+    values,  # one value per rollout so far, (N,)
+    lengths,  # what they are divided by, (N,)
+    allowed: float,  # half-width that is wanted
+    num_prompts: int = 1,  # P; rollout i belongs to prompt i mod P
+) -> float:  # rollouts that are planned next: N to stop, inf when no number is enough
     "Size of the next round."
     values, lengths = np.asarray(values, float), np.asarray(lengths, float)
     n, P = len(values), num_prompts
     clusters = np.arange(n) % P if P > 1 else None
     interval = cluster_interval(values, lengths, clusters)
-    if math.isnan(half := interval.half_width): return n
+    if math.isnan(half := interval.half_width):
+        return n
     needed = interval.clusters_wanted if P == 1 or n < P else 0  # else there are no more clusters
-    if half <= allowed and n >= needed: return n
-    if allowed == 0: return math.inf
-    want = max(needed, 1.1*n*(half/allowed)**2, 1.1*n)
+    if half <= allowed and n >= needed:
+        return n
+    if allowed == 0:
+        return math.inf
+    want = max(needed, 1.1 * n * (half / allowed) ** 2, 1.1 * n)
     k, left = divmod(n, P)
-    if P > 1 and k > 1 and not left: want = P*_rollouts_per_prompt(values - values.sum()/lengths.sum()*lengths, k, P, allowed)
-    if P > 1 and want > P: want = P*max(math.ceil(min(want, 4*n)/P), k + 1) if want < math.inf else want
-    return want if want == math.inf else math.ceil(min(want, 4*max(n, P)))
+    if P > 1 and k > 1 and not left:
+        want = P * _rollouts_per_prompt(
+            values - values.sum() / lengths.sum() * lengths, k, P, allowed
+        )
+    if P > 1 and want > P:
+        want = P * max(math.ceil(min(want, 4 * n) / P), k + 1) if want < math.inf else want
+    return want if want == math.inf else math.ceil(min(want, 4 * max(n, P)))
+
 
 def _rollouts_per_prompt(residual, k, P, allowed):
     "k at which the half-width is `allowed`; inf if there is none."
-    by_prompt = residual.reshape(k, P) # row: one rollout of every prompt
+    by_prompt = residual.reshape(k, P)  # row: one rollout of every prompt
     within = by_prompt.var(0, ddof=1).mean()
-    between = max(by_prompt.mean(0).var(ddof=1) - within/k, 0.)
-    room = P*(allowed/t_quantile(0.95, P - 1))**2 - between
-    return 1.1*within/room if room > 0 else (math.inf if k >= 4 else 2*k)
+    between = max(by_prompt.mean(0).var(ddof=1) - within / k, 0.0)
+    room = P * (allowed / t_quantile(0.95, P - 1)) ** 2 - between
+    return 1.1 * within / room if room > 0 else (math.inf if k >= 4 else 2 * k)
 
 # %% ../../nbs/compare/48_stopping.ipynb #98964aae
 def sample_until(
-    draw: Callable[[int], tuple], # makes sure that n rollouts exist; returns their (values, lengths), each (n,)
-    tolerance: Tolerance, # when to stop
-    num_prompts: int = 1, # P; rollout i belongs to prompt i mod P
-    max_samples: int = 65_536, # rollouts at the most
-    first: int = FIRST_ROUND, # rollouts of the first round, at least
-) -> str: # "reached"; "max_samples"; or "prompts", when only more prompts would help
+    draw: Callable[
+        [int], tuple
+    ],  # makes sure that n rollouts exist; returns their (values, lengths), each (n,)
+    tolerance: Tolerance,  # when to stop
+    num_prompts: int = 1,  # P; rollout i belongs to prompt i mod P
+    max_samples: int = 65_536,  # rollouts at the most
+    first: int = FIRST_ROUND,  # rollouts of the first round, at least
+) -> str:  # "reached"; "max_samples"; or "prompts", when only more prompts would help
     "Draw in growing rounds until the interval is as narrow as `tolerance`, and say why it stopped."
-    def whole(n): return n if num_prompts == 1 or n <= num_prompts else n//num_prompts*num_prompts  # equally often each prompt
-    n = whole(min(max(first, 2*num_prompts if first > num_prompts else 0), max_samples))
+
+    def whole(n):
+        return (
+            n if num_prompts == 1 or n <= num_prompts else n // num_prompts * num_prompts
+        )  # equally often each prompt
+
+    n = whole(min(max(first, 2 * num_prompts if first > num_prompts else 0), max_samples))
     while True:
         values, lengths = draw(n)
-        mean = np.sum(values)/np.sum(lengths)
+        mean = np.sum(values) / np.sum(lengths)
         planned = next_size(values, lengths, tolerance.allowed(mean), num_prompts)
-        if planned == n: return "reached" if np.isfinite(mean) else "infinite"
-        if planned == math.inf: return "prompts"
-        if (larger := whole(min(int(planned), max_samples))) <= n: return "max_samples"
+        if planned == n:
+            return "reached" if np.isfinite(mean) else "infinite"
+        if planned == math.inf:
+            return "prompts"
+        if (larger := whole(min(int(planned), max_samples))) <= n:
+            return "max_samples"
         n = larger

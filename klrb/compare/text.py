@@ -22,9 +22,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InputError, InputTypeError
-from .prompts import as_found, check_arguments, check_row, check_unused_tokenizer, quiet_loading, read_rows
+from klrb.compare.prompts import (
+    as_found,
+    check_arguments,
+    check_row,
+    check_unused_tokenizer,
+    quiet_loading,
+    read_rows,
+)
 from .results import Saver, finish_saving, heatmap_html, note_lines, plain
-from .scoring import check_ids, check_integer, common_width, memory_errors, resolve_divergence, score_completions
+from klrb.compare.scoring import (
+    check_ids,
+    check_integer,
+    common_width,
+    memory_errors,
+    resolve_divergence,
+    score_completions,
+)
 from ..intervals import cluster_interval
 from .sides import Side, describe, load_pair
 
@@ -35,124 +49,204 @@ __all__ = ['PERCENTILES', 'RESAMPLES', 'weighted_percentiles', 'text_statistics'
 # %% ../../nbs/compare/49_text.ipynb #38628882
 PERCENTILES = {"median": 0.5, "90 %": 0.9, "95 %": 0.95, "99 %": 0.99, "99.9 %": 0.999}
 
+
 def weighted_percentiles(
-    ordered: np.ndarray, # values in ascending order, (N,)
-    weights: np.ndarray, # whole number of copies of each, (N,)
-    shares: list[float], # such as 0.5 for the median
-) -> np.ndarray: # linearly interpolated, as `np.quantile` of the copies
+    ordered: np.ndarray,  # values in ascending order, (N,)
+    weights: np.ndarray,  # whole number of copies of each, (N,)
+    shares: list[float],  # such as 0.5 for the median
+) -> np.ndarray:  # linearly interpolated, as `np.quantile` of the copies
     "Percentiles of values that occur several times."
     upto = weights.cumsum()
-    at = np.asarray(shares)*(upto[-1] - 1)
-    low, high = (ordered[np.searchsorted(upto, np.minimum(np.floor(at) + o, upto[-1] - 1), side="right")] for o in (0, 1))
-    return np.where(low == high, low, low + (at % 1)*np.where(low == high, 0., high - low))
+    at = np.asarray(shares) * (upto[-1] - 1)
+    low, high = (
+        ordered[np.searchsorted(upto, np.minimum(np.floor(at) + o, upto[-1] - 1), side="right")]
+        for o in (0, 1)
+    )
+    return np.where(low == high, low, low + (at % 1) * np.where(low == high, 0.0, high - low))
 
 # %% ../../nbs/compare/49_text.ipynb #d447cca9
 RESAMPLES = 1000  # ours: the ends of a bootstrap interval then move by a few percent of its length
 
+
 def text_statistics(
-    tokens: pd.DataFrame, # one row per token: document, step, policy_logprob, ref_logprob, same_top
-    seed: int = 0, # of the bootstrap
-) -> pd.DataFrame: # columns statistic, value, low, high; NaN without an interval
+    tokens: pd.DataFrame,  # one row per token: document, step, policy_logprob, ref_logprob, same_top
+    seed: int = 0,  # of the bootstrap
+) -> pd.DataFrame:  # columns statistic, value, low, high; NaN without an interval
     "Statistics of text mode with 95 % intervals over documents. Raises `ValueError` without tokens."
-    if tokens.empty: raise InputError("the text has no tokens to score; give a longer text.")
+    if tokens.empty:
+        raise InputError("the text has no tokens to score; give a longer text.")
     document = np.unique(tokens.document, return_inverse=True)[1]
-    def mean(values): return cluster_interval(values, clusters=document)
+
+    def mean(values):
+        return cluster_interval(values, clusters=document)
+
     order = np.argsort(tokens.step.to_numpy(), kind="stable")
     ordered, owner, n = tokens.step.to_numpy()[order], document[order], document.max() + 1
-    percentiles = weighted_percentiles(ordered, np.ones(len(ordered), int), list(PERCENTILES.values()))
+    percentiles = weighted_percentiles(
+        ordered, np.ones(len(ordered), int), list(PERCENTILES.values())
+    )
     rng, low, high = np.random.default_rng(seed), *np.full((2, len(PERCENTILES)), np.nan)
     if n > 1:
-        counts = rng.multinomial(n, np.full(n, 1/n), RESAMPLES)  # (resamples, documents)
-        resampled = [weighted_percentiles(ordered, row[owner], list(PERCENTILES.values())) for row in counts]
+        counts = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)  # (resamples, documents)
+        resampled = [
+            weighted_percentiles(ordered, row[owner], list(PERCENTILES.values())) for row in counts
+        ]
         low, high = np.quantile(resampled, [0.025, 0.975], axis=0, method="nearest")
-    kl, same, change = mean(tokens.step), mean(tokens.same_top), mean(tokens.policy_logprob - tokens.ref_logprob)
-    rows = [("mean", kl.mean, kl.low, kl.high), *zip(PERCENTILES, percentiles, low, high), ("maximum", ordered[-1], math.nan, math.nan),
-            ("same top token", same.mean, same.low, same.high)]
+    kl, same, change = (
+        mean(tokens.step),
+        mean(tokens.same_top),
+        mean(tokens.policy_logprob - tokens.ref_logprob),
+    )
+    rows = [
+        ("mean", kl.mean, kl.low, kl.high),
+        *zip(PERCENTILES, percentiles, low, high),
+        ("maximum", ordered[-1], math.nan, math.nan),
+        ("same top token", same.mean, same.low, same.high),
+    ]
     for name in ("policy", "ref"):
         i = mean(-tokens[f"{name}_logprob"])
-        rows.append((f"perplexity, {'policy' if name == 'policy' else 'reference'}", *np.exp([i.mean, i.low, i.high])))
-    return pd.DataFrame([*rows, ("mean Δ log p", change.mean, change.low, change.high)], columns=["statistic", "value", "low", "high"])
+        rows.append(
+            (
+                f"perplexity, {'policy' if name == 'policy' else 'reference'}",
+                *np.exp([i.mean, i.low, i.high]),
+            )
+        )
+    return pd.DataFrame(
+        [*rows, ("mean Δ log p", change.mean, change.low, change.high)],
+        columns=["statistic", "value", "low", "high"],
+    )
 
 # %% ../../nbs/compare/49_text.ipynb #d03a0426
 def _paragraphs(text: str) -> list[str]:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return [o for o in re.split(r"\n\s*\n", text) if o.strip()]
 
+
 def read_documents(
-    source: str|Path|list, # text file (documents are separated by blank lines), any other file of `read_prompts`, table, or list
-    column: str|None = None, # field or column; None: "prompt" or "text"
-) -> list: # texts, or lists of token ids
+    source: str
+    | Path
+    | list,  # text file (documents are separated by blank lines), any other file of `read_prompts`, table, or list
+    column: str | None = None,  # field or column; None: "prompt" or "text"
+) -> list:  # texts, or lists of token ids
     "Read documents. Raises `ValueError` when there are none, or naming the document that is none."
-    if source is None: raise InputTypeError("`text` is None; give a file, a data set, or a list of documents.")
+    if source is None:
+        raise InputTypeError("`text` is None; give a file, a data set, or a list of documents.")
     rows = read_rows(source, column, "text", _paragraphs)
     return [_document(row, f"document {number}") for number, row in enumerate(rows, 1)]
 
-def _document(row, where: str) -> str|list[int]:
+
+def _document(row, where: str) -> str | list[int]:
     row = check_row(row, where, "a list of token ids")
-    if isinstance(row, str): return row
+    if isinstance(row, str):
+        return row
     for token in row:
         if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
-            raise InputError(f"{where} holds {str(token)[:60]!r}, which is no token id; each document must be a text, or a list of ids.")
+            raise InputError(
+                f"{where} holds {str(token)[:60]!r}, which is no token id; each document must be a text, or a list of ids."
+            )
     return [int(o) for o in row]
+
 
 def _check_ids(documents: list, width: int) -> None:
     for number, document in enumerate(documents, 1):
         if not isinstance(document, str) and max(document) >= width:
-            raise InputError(f"document {number} holds the token id {max(document):,}, but the models' logits have {width:,} entries; "
-                             "was it made by another tokenizer?")
+            raise InputError(
+                f"document {number} holds the token id {max(document):,}, but the models' logits have {width:,} entries; "
+                "was it made by another tokenizer?"
+            )
 
-def _token_ids(document: str|list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return document if not isinstance(document, str) else list(tokenizer(document, add_special_tokens=False).input_ids)
+
+def _token_ids(document: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return (
+        document
+        if not isinstance(document, str)
+        else list(tokenizer(document, add_special_tokens=False).input_ids)
+    )
+
 
 def _text_notes(documents: list, tokenizers: tuple) -> list[str]:
     "Both sides read the tokens of the policy's tokenizer; what the other would have read is worth a note."
     ours, theirs = tokenizers
-    if ours is theirs: return []
-    differing = [i for i, o in enumerate(documents, 1) if isinstance(o, str) and _token_ids(o, ours) != _token_ids(o, theirs)]
+    if ours is theirs:
+        return []
+    differing = [
+        i
+        for i, o in enumerate(documents, 1)
+        if isinstance(o, str) and _token_ids(o, ours) != _token_ids(o, theirs)
+    ]
     notes = []
     if differing:
-        notes.append(f"the two tokenizers read {len(differing):,} of {len(documents):,} documents as other tokens (first: document "
-                     f"{differing[0]}); both models are given the policy's")
+        notes.append(
+            f"the two tokenizers read {len(differing):,} of {len(documents):,} documents as other tokens (first: document "
+            f"{differing[0]}); both models are given the policy's"
+        )
     if ours.bos_token_id != theirs.bos_token_id:
-        notes.append(f"windows begin with the policy's {ours.bos_token!r}, also for the reference, whose tokenizer has {theirs.bos_token!r}")
+        notes.append(
+            f"windows begin with the policy's {ours.bos_token!r}, also for the reference, whose tokenizer has {theirs.bos_token!r}"
+        )
     return notes
 
-def _windows(documents: list, tokenizer: PreTrainedTokenizerBase, window: int) -> list[tuple[int, int, list[int], list[int]]]:
+
+def _windows(
+    documents: list, tokenizer: PreTrainedTokenizerBase, window: int
+) -> list[tuple[int, int, list[int], list[int]]]:
     "Document, position of its first scored token, what a window starts with, and the tokens that are scored."
     found = []
     for number, document in enumerate(documents):
         ids = _token_ids(document, tokenizer)
         start = tokenizer.bos_token_id
         for at in range(0, len(ids), window):
-            piece = ids[at:at + window]
-            if start is not None: found.append((number, at, [start], piece))
-            elif len(piece) > 1: found.append((number, at + 1, piece[:1], piece[1:]))
+            piece = ids[at : at + window]
+            if start is not None:
+                found.append((number, at, [start], piece))
+            elif len(piece) > 1:
+                found.append((number, at + 1, piece[:1], piece[1:]))
     return found
 
 # %% ../../nbs/compare/49_text.ipynb #512142ff
 @dataclass
 class TextMeasurement:
     "How far two models' next-token distributions are apart on a given text."
-    statistics: pd.DataFrame # statistic, value, low, high
-    tokens: pd.DataFrame # one row per token: document, position, token_id, step, policy_logprob, ref_logprob, same_top
-    label: str # such as "KL(policy || reference)"
-    about: dict # settings, models and their fingerprints, versions
-    status: str # "complete" or "interrupted"
-    seconds: dict[str, float] # forward, estimation, total
-    largest: list[dict] # prompt (the tokens before), tokens, step
 
-    def to_json(self) -> dict: # plain numbers, strings, lists and dicts; NaN as None
+    statistics: pd.DataFrame  # statistic, value, low, high
+    tokens: pd.DataFrame  # one row per token: document, position, token_id, step, policy_logprob, ref_logprob, same_top
+    label: str  # such as "KL(policy || reference)"
+    about: dict  # settings, models and their fingerprints, versions
+    status: str  # "complete" or "interrupted"
+    seconds: dict[str, float]  # forward, estimation, total
+    largest: list[dict]  # prompt (the tokens before), tokens, step
+
+    def to_json(self) -> dict:  # plain numbers, strings, lists and dicts; NaN as None
         "Everything but the tokens."
-        return plain(dict(status=self.status, **self.about, label=self.label, tokens=len(self.tokens), documents=self.tokens.document.nunique(),
-                          statistics=self.statistics.to_dict("records"), seconds=self.seconds))
+        return plain(
+            dict(
+                status=self.status,
+                **self.about,
+                label=self.label,
+                tokens=len(self.tokens),
+                documents=self.tokens.document.nunique(),
+                statistics=self.statistics.to_dict("records"),
+                seconds=self.seconds,
+            )
+        )
 
     def __repr__(self):
-        rows = [f"  {o.statistic:22} {o.value:10.4g}" + ("" if math.isnan(o.low) else f"   {o.low:.4g} to {o.high:.4g}") for o in self.statistics.itertuples()]
+        rows = [
+            f"  {o.statistic:22} {o.value:10.4g}"
+            + ("" if math.isnan(o.low) else f"   {o.low:.4g} to {o.high:.4g}")
+            for o in self.statistics.itertuples()
+        ]
         n = self.tokens.document.nunique()
         note = "95 % intervals over documents" if n > 1 else "one document: no intervals"
-        return "\n".join([f"{self.label} on given text, nats per token", *rows, f"  {len(self.tokens):,} tokens of {n:,} documents; {note}"]
-                         + note_lines(self.about)
-                         + (["  stopped: interrupted"] if self.status == "interrupted" else []))
+        return "\n".join(
+            [
+                f"{self.label} on given text, nats per token",
+                *rows,
+                f"  {len(self.tokens):,} tokens of {n:,} documents; {note}",
+            ]
+            + note_lines(self.about)
+            + (["  stopped: interrupted"] if self.status == "interrupted" else [])
+        )
 
     def _repr_html_(self):
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
@@ -162,104 +256,200 @@ class TextMeasurement:
 def _score_windows(sides, windows, width, batch_tokens, direction, divergence, alpha, seconds):
     "Rows of every token, one frame per batch of windows."
     longest = max(len(start) + len(ids) for *_, start, ids in windows)
-    if longest > batch_tokens: raise InputError(f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at least that many, or a smaller `window`.")
+    if longest > batch_tokens:
+        raise InputError(
+            f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at least that many, or a smaller `window`."
+        )
     way, pad = (-1 if direction == "forward" else 1), sides[0].pad_id
-    for i in range(0, len(windows), batch_tokens//longest):
-        documents, firsts, starts, ids = zip(*windows[i:i + batch_tokens//longest])
+    for i in range(0, len(windows), batch_tokens // longest):
+        documents, firsts, starts, ids = zip(*windows[i : i + batch_tokens // longest])
         T = max(map(len, ids))
-        padded = torch.tensor([row + [pad]*(T - len(row)) for row in ids])  # (B, T)
-        mask = torch.tensor([[1]*len(row) + [0]*(T - len(row)) for row in ids])
+        padded = torch.tensor([row + [pad] * (T - len(row)) for row in ids])  # (B, T)
+        mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in ids])
         with memory_errors(batch_tokens):
-            scores = score_completions(sides[::way], (starts, starts), padded, mask, width, divergence=divergence, alpha=alpha, seconds=seconds, tops=True)
+            scores = score_completions(
+                sides[::way],
+                (starts, starts),
+                padded,
+                mask,
+                width,
+                divergence=divergence,
+                alpha=alpha,
+                seconds=seconds,
+                tops=True,
+            )
         policy, reference = (scores.first_logprobs, scores.second_logprobs)[::way]
         keep = mask.bool()
         where = torch.arange(len(ids))[:, None].expand_as(padded)[keep].numpy()
-        rows = pd.DataFrame(dict(document=np.array(documents)[where], position=(torch.tensor(firsts)[:, None] + torch.arange(T))[keep],
-                                 token_id=padded[keep], step=scores.step[keep], policy_logprob=policy[keep], ref_logprob=reference[keep], same_top=scores.same_top[keep]))
+        rows = pd.DataFrame(
+            dict(
+                document=np.array(documents)[where],
+                position=(torch.tensor(firsts)[:, None] + torch.arange(T))[keep],
+                token_id=padded[keep],
+                step=scores.step[keep],
+                policy_logprob=policy[keep],
+                ref_logprob=reference[keep],
+                same_top=scores.same_top[keep],
+            )
+        )
         for role, column in (("policy", "policy_logprob"), ("reference", "ref_logprob")):
             if rows[column].isna().any():
                 bad = rows[rows[column].isna()].iloc[0]
-                raise InputError(f"the {role} gives NaN logits in document {bad.document + 1:.0f}, token {bad.position + 1:.0f}; its weights or its "
-                                 "number format are broken. Try `dtype` float32, or another checkpoint.")
+                raise InputError(
+                    f"the {role} gives NaN logits in document {bad.document + 1:.0f}, token {bad.position + 1:.0f}; its weights or its "
+                    "number format are broken. Try `dtype` float32, or another checkpoint."
+                )
         yield rows
 
-def _around(tokens: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, reach: int = 12) -> list[dict]:
+
+def _around(
+    tokens: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, reach: int = 12
+) -> list[dict]:
     "The five largest steps of different documents, with what stands around them."
     shown = []
     for at in tokens.step.sort_values(ascending=False).index:
         row = tokens.loc[at]
-        if len(shown) == 5 or row.step <= 0: break
-        if any(o["document"] == row.document for o in shown): continue
-        near = tokens[(tokens.document == row.document) & (tokens.position - row.position).between(-reach, reach)]
-        shown.append(dict(document=int(row.document), prompt=f"[document {row.document + 1:.0f}] ", tokens=[tokenizer.decode([o]) for o in near.token_id], step=near.step.tolist()))
+        if len(shown) == 5 or row.step <= 0:
+            break
+        if any(o["document"] == row.document for o in shown):
+            continue
+        near = tokens[
+            (tokens.document == row.document)
+            & (tokens.position - row.position).between(-reach, reach)
+        ]
+        shown.append(
+            dict(
+                document=int(row.document),
+                prompt=f"[document {row.document + 1:.0f}] ",
+                tokens=[tokenizer.decode([o]) for o in near.token_id],
+                step=near.step.tolist(),
+            )
+        )
     return shown
 
 # %% ../../nbs/compare/49_text.ipynb #87d723f9
 def measure_text(
-    policy: str|Path|PreTrainedModel, # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
-    reference: str|Path|PreTrainedModel, # the same
-    text: str|Path|list, # file, Hub data set, "-", or list of documents; see `read_documents`
+    policy: str
+    | Path
+    | PreTrainedModel,  # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
+    reference: str | Path | PreTrainedModel,  # the same
+    text: str | Path | list,  # file, Hub data set, "-", or list of documents; see `read_documents`
     *,
-    column: str|None = None, # of files with columns; None: "prompt" or "text"
-    window: int = 512, # tokens that are read at a time, at most the context; as in llama.cpp
-    direction: str = "reverse", # "reverse" KL(policy || reference), or "forward", as in llama.cpp when the policy is quantised
-    divergence: str = "kl", # a key of `klrb.steps.DIVERGENCES`
-    alpha: float = 0.5, # order of the "alpha" divergence
-    tokenizer: PreTrainedTokenizerBase|None = None, # of loaded models; None: by the model's name
-    dtype: str = "float32", # of the weights; see `load_named`
-    device: str = "auto", # CUDA, MPS or CPU, whichever is there
-    trust_remote_code: bool = False, # run code that comes with a checkpoint
-    batch_tokens: int = 4096, # tokens at a time: bounds the memory; ours
-    seed: int = 0, # of the bootstrap
-    save: str|Path|None = None, # folder for tables
-    progress: bool|None = None, # progress bar; None: in a terminal
+    column: str | None = None,  # of files with columns; None: "prompt" or "text"
+    window: int = 512,  # tokens that are read at a time, at most the context; as in llama.cpp
+    direction: str = "reverse",  # "reverse" KL(policy || reference), or "forward", as in llama.cpp when the policy is quantised
+    divergence: str = "kl",  # a key of `klrb.steps.DIVERGENCES`
+    alpha: float = 0.5,  # order of the "alpha" divergence
+    tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
+    dtype: str = "float32",  # of the weights; see `load_named`
+    device: str = "auto",  # CUDA, MPS or CPU, whichever is there
+    trust_remote_code: bool = False,  # run code that comes with a checkpoint
+    batch_tokens: int = 4096,  # tokens at a time: bounds the memory; ours
+    seed: int = 0,  # of the bootstrap
+    save: str | Path | None = None,  # folder for tables
+    progress: bool | None = None,  # progress bar; None: in a terminal
 ) -> TextMeasurement:
     "Divergence of two models' next tokens at every position of a text, with intervals over documents. Raises `ValueError` on bad input."
     given = dict(locals())
     check_arguments(given)
     divergence, direction = resolve_divergence(divergence, direction)
-    if direction == "both": raise InputError("`direction` is 'both'; on given text it must be reverse or forward, one at a time.")
-    for key, value, least in (("window", window, 1), ("batch_tokens", batch_tokens, 1), ("seed", seed, 0)): check_integer(key, value, least)
+    if direction == "both":
+        raise InputError(
+            "`direction` is 'both'; on given text it must be reverse or forward, one at a time."
+        )
+    for key, value, least in (
+        ("window", window, 1),
+        ("batch_tokens", batch_tokens, 1),
+        ("seed", seed, 0),
+    ):
+        check_integer(key, value, least)
     documents = read_documents(text, column)
-    settings = dict(text=str(text) if isinstance(text, (str, Path)) else f"{len(documents)} documents", direction=direction,
-                    divergence=divergence, alpha=alpha, batch_tokens=batch_tokens, seed=seed)
+    settings = dict(
+        text=str(text) if isinstance(text, (str, Path)) else f"{len(documents)} documents",
+        direction=direction,
+        divergence=divergence,
+        alpha=alpha,
+        batch_tokens=batch_tokens,
+        seed=seed,
+    )
     with as_found(policy, reference):
         with quiet_loading():
             sides = load_pair(policy, reference, tokenizer, dtype, device, trust_remote_code)
         check_unused_tokenizer(tokenizer, tuple(o.tokenizer for o in sides), documents)
         settings["window"] = min([window, *(o.context - 1 for o in sides if o.context is not None)])
-        return _measure_windows(sides, documents, settings, save, not sys.stderr.isatty() if progress is None else not progress)
+        return _measure_windows(
+            sides,
+            documents,
+            settings,
+            save,
+            not sys.stderr.isatty() if progress is None else not progress,
+        )
 
 # %% ../../nbs/compare/49_text.ipynb #40fe7465
-def _measure_windows(sides: tuple[Side, Side], documents: list, s: dict, save, hide_bar: bool) -> TextMeasurement:
-    began, seconds, status, rows = monotonic(), dict(forward=0., estimation=0.), "complete", []
+def _measure_windows(
+    sides: tuple[Side, Side], documents: list, s: dict, save, hide_bar: bool
+) -> TextMeasurement:
+    began, seconds, status, rows = monotonic(), dict(forward=0.0, estimation=0.0), "complete", []
     width = common_width(*sides)
     _check_ids(documents, width)
     windows = _windows(documents, sides[0].tokenizer, s["window"])
-    for side in sides: check_ids(side, [start + ids for *_, start, ids in windows], "window")
-    if not windows: raise InputError("`text` has no tokens to score; give a longer text.")
-    about = dict(settings=s, notes=_text_notes(documents, tuple(o.tokenizer for o in sides)), **describe(sides))
+    for side in sides:
+        check_ids(side, [start + ids for *_, start, ids in windows], "window")
+    if not windows:
+        raise InputError("`text` has no tokens to score; give a longer text.")
+    about = dict(
+        settings=s,
+        notes=_text_notes(documents, tuple(o.tokenizer for o in sides)),
+        **describe(sides),
+    )
     saver = None if save is None else Saver(save, about, "tokens")
-    first, second = ("reference", "policy") if s["direction"] == "forward" else ("policy", "reference")
+    first, second = (
+        ("reference", "policy") if s["direction"] == "forward" else ("policy", "reference")
+    )
     label = f"{'KL' if s['divergence'] == 'kl' else s['divergence']}({first} || {second})"
     with tqdm(total=len(windows), unit=" windows", disable=hide_bar) as bar:
         try:
-            batches = _score_windows(sides, windows, width, s["batch_tokens"], *(s[o] for o in ("direction", "divergence", "alpha")), seconds)
+            batches = _score_windows(
+                sides,
+                windows,
+                width,
+                s["batch_tokens"],
+                *(s[o] for o in ("direction", "divergence", "alpha")),
+                seconds,
+            )
             for frame in batches:
                 rows.append(frame)
                 bar.update(int((frame.position.diff() != 1).sum()))
                 bar.set_postfix_str(f"{np.mean([o.step.mean() for o in rows]):.4g}")
-                if saver: saver.add(frame, lambda: dict(label=label, tokens=sum(map(len, rows))))
+                if saver:
+                    saver.add(frame, lambda: dict(label=label, tokens=sum(map(len, rows))))
         except KeyboardInterrupt:
-            if not rows: raise
+            if not rows:
+                raise
             status = "interrupted"
     tokens = pd.concat(rows, ignore_index=True)
-    found = TextMeasurement(text_statistics(tokens, s["seed"]), tokens, label, about, status, seconds | dict(total=monotonic() - began), _around(tokens, sides[0].tokenizer))
+    found = TextMeasurement(
+        text_statistics(tokens, s["seed"]),
+        tokens,
+        label,
+        about,
+        status,
+        seconds | dict(total=monotonic() - began),
+        _around(tokens, sides[0].tokenizer),
+    )
     if saver:
-        def shown(): return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+
+        def shown():
+            return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+
         results = {k: v for k, v in found.to_json().items() if k not in about}
         try:
             finish_saving(saver, status, results, dict(statistics=found.statistics), {}, shown)
-        except (Exception, KeyboardInterrupt) as error:  # the numbers exist; whatever happens to the files must not lose them
-            warnings.warn(f"saving to {str(saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned.")
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # the numbers exist; whatever happens to the files must not lose them
+            warnings.warn(
+                f"saving to {str(saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned."
+            )
     return found
