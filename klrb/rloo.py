@@ -32,8 +32,13 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
-from transformers import (GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase,
-                          PrinterCallback, TrainerCallback)
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -44,8 +49,17 @@ from .adapters import check_active, check_adapters, evaluating
 from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
-from .models import (Rollouts, accepted_inputs, causal_lm, check_context, check_lm_head,
-                         completion_hidden, lm_head, sample_completions, step_inputs)
+from klrb.models import (
+    Rollouts,
+    accepted_inputs,
+    causal_lm,
+    check_context,
+    check_lm_head,
+    completion_hidden,
+    lm_head,
+    sample_completions,
+    step_inputs,
+)
 from .rlhf.profiles import Profile, check_device
 from .selfcheck import check_scoring
 
@@ -785,34 +799,54 @@ class _ResumeOrder(TrainerCallback):
 def _batch_per_process(profile: Profile) -> int:
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch` and `torchrun`
     if profile.batch_size % (processes * profile.num_generations):
-        raise InputError(f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
-                         f"{profile.num_generations} completions; take a number of processes that divides "
-                         f"{profile.batch_size // profile.num_generations}, or another batch size.")
+        raise InputError(
+            f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
+            f"{profile.num_generations} completions; take a number of processes that divides "
+            f"{profile.batch_size // profile.num_generations}, or another batch size."
+        )
     return profile.batch_size // processes
 
 # %% ../nbs/rlhf/56_rloo.ipynb #59aa93ac
 def rloo_config(
-    profile: Profile, # learning rate, batch, lengths
-    out_dir: str | Path, # for the trainer's own files
-    kl_estimator: str = "rb", # method of `klrb.gradients`
-    beta: float | None = None, # KL weight; None: the profile's
-    seed: int = 0, # of sampling and of the order of prompts
-    updates: int | None = None, # optimiser steps; None: the profile's
-    save_every: int = 0, # updates between checkpoints, rounded up to whole generation batches; 0: none
-) -> RBRLOOConfig: # ready for `RBRLOOTrainer`
+    profile: Profile,  # learning rate, batch, lengths
+    out_dir: str | Path,  # for the trainer's own files
+    kl_estimator: str = "rb",  # method of `klrb.gradients`
+    beta: float | None = None,  # KL weight; None: the profile's
+    seed: int = 0,  # of sampling and of the order of prompts
+    updates: int | None = None,  # optimiser steps; None: the profile's
+    save_every: int = 0,  # updates between checkpoints, rounded up to whole generation batches; 0: none
+) -> RBRLOOConfig:  # ready for `RBRLOOTrainer`
     "The configuration of one RLOO run. Raises `ValueError` without the profile's device, or when the processes cannot share its batch."
     check_device(profile)
     on_gpu = profile.device == "cuda"
     config = RBRLOOConfig(
-        output_dir=str(out_dir), kl_estimator=kl_estimator, beta=profile.beta if beta is None else beta, seed=seed,
-        max_steps=profile.updates if updates is None else updates, learning_rate=profile.learning_rate,
-        lr_scheduler_type=profile.lr_scheduler_type, adam_epsilon=profile.adam_epsilon, max_grad_norm=profile.max_grad_norm,
-        per_device_train_batch_size=_batch_per_process(profile), num_generations=profile.num_generations,
-        num_iterations=profile.num_iterations, epsilon=profile.epsilon, temperature=profile.temperature, top_k=0, top_p=1.0,
-        max_completion_length=profile.max_completion_length, logging_steps=1, logging_nan_inf_filter=False, report_to=[],
+        output_dir=str(out_dir),
+        kl_estimator=kl_estimator,
+        beta=profile.beta if beta is None else beta,
+        seed=seed,
+        max_steps=profile.updates if updates is None else updates,
+        learning_rate=profile.learning_rate,
+        lr_scheduler_type=profile.lr_scheduler_type,
+        adam_epsilon=profile.adam_epsilon,
+        max_grad_norm=profile.max_grad_norm,
+        per_device_train_batch_size=_batch_per_process(profile),
+        num_generations=profile.num_generations,
+        num_iterations=profile.num_iterations,
+        epsilon=profile.epsilon,
+        temperature=profile.temperature,
+        top_k=0,
+        top_p=1.0,
+        max_completion_length=profile.max_completion_length,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
         save_strategy="steps" if save_every else "no",
         save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
-        disable_tqdm=True, use_cpu=not on_gpu, bf16=on_gpu, dataloader_pin_memory=on_gpu, gradient_checkpointing=False,
+        disable_tqdm=True,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        dataloader_pin_memory=on_gpu,
+        gradient_checkpointing=False,
         ddp_find_unused_parameters=False,  # every parameter is used in every update
     )
     config._n_gpu = min(config.n_gpu, 1)
@@ -873,38 +907,59 @@ class MetricsCSV(TrainerCallback):
 
 # %% ../nbs/rlhf/56_rloo.ipynb #1a11adda
 def _run_hash(config, policy, reference, prompts, tags) -> str:
-    settings = {k: v for k, v in config.to_dict().items() if k != "output_dir" and not k.startswith("save_")}
-    digest = hashlib.sha256(json.dumps([settings, tags, list(prompts["prompt"])], sort_keys=True, default=str).encode())
+    settings = {
+        k: v for k, v in config.to_dict().items() if k != "output_dir" and not k.startswith("save_")
+    }
+    digest = hashlib.sha256(
+        json.dumps([settings, tags, list(prompts["prompt"])], sort_keys=True, default=str).encode()
+    )
     for model in (policy, reference):
         for name, tensor in model.state_dict().items() if model is not None else ():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(
+                name.encode()
+                + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
     return digest.hexdigest()
 
-def _checkpoints(folder) -> list[Path]: # oldest first
-    return sorted((o for o in Path(folder).glob("checkpoint-*") if o.name[11:].isdigit()), key=lambda o: int(o.name[11:]))
 
-def _newest_checkpoint(folder, run) -> Path | None: # of this run; all others are deleted
-    complete = lambda o: (o/"complete.json").is_file() and json.loads((o/"complete.json").read_text()) == dict(run=run)
+def _checkpoints(folder) -> list[Path]:  # oldest first
+    return sorted(
+        (o for o in Path(folder).glob("checkpoint-*") if o.name[11:].isdigit()),
+        key=lambda o: int(o.name[11:]),
+    )
+
+
+def _newest_checkpoint(folder, run) -> Path | None:  # of this run; all others are deleted
+    complete = lambda o: (
+        (o / "complete.json").is_file()
+        and json.loads((o / "complete.json").read_text()) == dict(run=run)
+    )
     newest = max(filter(complete, found := _checkpoints(folder)), key=found.index, default=None)
     for old in found:
-        if old != newest: shutil.rmtree(old)
+        if old != newest:
+            shutil.rmtree(old)
     return newest
 
+
 class _Checkpoints(TrainerCallback):
-    def __init__(self, run): self.run = run
+    def __init__(self, run):
+        self.run = run
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps: control.should_save = False
+        if state.global_step >= state.max_steps:
+            control.should_save = False
         return control
 
     def on_save(self, args, state, control, **kwargs):
         PartialState().wait_for_everyone()
-        if not state.is_world_process_zero: return
-        new = Path(args.output_dir)/f"checkpoint-{state.global_step}"
-        (new/"complete.part").write_text(json.dumps(dict(run=self.run)))
+        if not state.is_world_process_zero:
+            return
+        new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (new / "complete.part").write_text(json.dumps(dict(run=self.run)))
         for file in filter(Path.is_file, new.rglob("*")):  # on the disk before the name says so
-            with file.open("rb") as opened: os.fsync(opened.fileno())
-        os.replace(new/"complete.part", new/"complete.json")
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        os.replace(new / "complete.part", new / "complete.json")
         _newest_checkpoint(args.output_dir, self.run)
 
 # %% ../nbs/rlhf/56_rloo.ipynb #dbdf1ab7
@@ -1007,61 +1062,101 @@ def evaluate_policy(
 
 # %% ../nbs/rlhf/56_rloo.ipynb #bbf57d3f
 def summarize_evaluation(
-    frame: pd.DataFrame, # from `evaluate_policy`
-    beta: float, # KL weight of the objective
-) -> dict[str, float]: # reward, kl_rb, kl_mc, objective, ref_perplexity and, if there is one, judge, each with `_stderr`
+    frame: pd.DataFrame,  # from `evaluate_policy`
+    beta: float,  # KL weight of the objective
+) -> dict[
+    str, float
+]:  # reward, kl_rb, kl_mc, objective, ref_perplexity and, if there is one, judge, each with `_stderr`
     "Means over rollouts with standard errors clustered by prompt."
-    per_prompt = frame.assign(objective=frame.reward - beta * frame.kl_rb).groupby("prompt_index").mean(numeric_only=True)
+    per_prompt = (
+        frame.assign(objective=frame.reward - beta * frame.kl_rb)
+        .groupby("prompt_index")
+        .mean(numeric_only=True)
+    )
     names = ["reward", "kl_rb", "kl_mc", "objective", *(["judge"] if "judge" in frame else [])]
-    summary = {key: value for name in names  # equally many rollouts per prompt
-               for key, value in ((name, per_prompt[name].mean()), (f"{name}_stderr", per_prompt[name].sem()))}
+    summary = {
+        key: value
+        for name in names  # equally many rollouts per prompt
+        for key, value in (
+            (name, per_prompt[name].mean()),
+            (f"{name}_stderr", per_prompt[name].sem()),
+        )
+    }
     nats = -per_prompt.ref_logprob.sum() / per_prompt.length.sum()  # per token
     stderr = (-per_prompt.ref_logprob - nats * per_prompt.length).sem() / per_prompt.length.mean()
-    return summary | dict(ref_perplexity=math.exp(nats), ref_perplexity_stderr=math.exp(nats) * stderr)
+    return summary | dict(
+        ref_perplexity=math.exp(nats), ref_perplexity_stderr=math.exp(nats) * stderr
+    )
 
 # %% ../nbs/rlhf/56_rloo.ipynb #c81bbc68
 def train_rloo(
-    policy: PreTrainedModel, # start; trained in place
-    reference: PreTrainedModel | None, # frozen; None: the PEFT policy without its adapters
-    tokenizer: PreTrainedTokenizerBase, # of both
-    prompts: Dataset, # column `prompt`
-    reward: Callable, # (completions, prompts) to list of floats
-    config: RBRLOOConfig, # from `rloo_config`
-    metrics_path: str | Path, # CSV, appended at every update
-    resume: bool = False, # True: go on from the newest complete checkpoint of this run in `config.output_dir`, if there is one
-    **tags, # further columns of the CSV, for instance start="dpo"
-) -> PreTrainedModel: # the trained policy, in evaluation mode
+    policy: PreTrainedModel,  # start; trained in place
+    reference: PreTrainedModel | None,  # frozen; None: the PEFT policy without its adapters
+    tokenizer: PreTrainedTokenizerBase,  # of both
+    prompts: Dataset,  # column `prompt`
+    reward: Callable,  # (completions, prompts) to list of floats
+    config: RBRLOOConfig,  # from `rloo_config`
+    metrics_path: str | Path,  # CSV, appended at every update
+    resume: bool = False,  # True: go on from the newest complete checkpoint of this run in `config.output_dir`, if there is one
+    **tags,  # further columns of the CSV, for instance start="dpo"
+) -> PreTrainedModel:  # the trained policy, in evaluation mode
     """Train one RLOO run. Raises `FloatingPointError` at the first update whose loss, KL or reward is not finite.
 
     A resumed run ends with the weights and the curve of one that was never interrupted. `resume=False` deletes old checkpoints.
     """
     run = _run_hash(config, policy, reference, prompts, tags)
     with config.main_process_first(local=False):
-        checkpoint = _newest_checkpoint(config.output_dir, run if resume and Path(metrics_path).is_file() else None)
+        checkpoint = _newest_checkpoint(
+            config.output_dir, run if resume and Path(metrics_path).is_file() else None
+        )
     trainer = RBRLOOTrainer(policy, reference, _finite(reward), config, prompts, tokenizer)
     trainer.remove_callback(PrinterCallback)
-    for callback in (MetricsCSV(metrics_path, config.beta, kl_estimator=config.kl_estimator, seed=config.seed, **tags),
-                     _StopWhenNotFinite(), _Checkpoints(run)): trainer.add_callback(callback)
+    for callback in (
+        MetricsCSV(
+            metrics_path, config.beta, kl_estimator=config.kl_estimator, seed=config.seed, **tags
+        ),
+        _StopWhenNotFinite(),
+        _Checkpoints(run),
+    ):
+        trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     for model in (trainer.model, reference):
-        if model is not None and (own := vars(model).pop("_original_forward", None)): model.forward = own
+        if model is not None and (own := vars(model).pop("_original_forward", None)):
+            model.forward = own
     return trainer.model.eval()
 
 # %% ../nbs/rlhf/56_rloo.ipynb #c84c3cad
 _NOT_FINITE = "`{}` is {} at update {}; the metrics before it are kept. {}"
 
+
 class _StopWhenNotFinite(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name in ("loss", "reward", "kl_sequence_rb", "grad_norm"):
-            if (value := logs.get(name, 0.)) is None or not math.isfinite(value):  # TRL logs None for NaN
-                raise NotFiniteError(_NOT_FINITE.format(name, value, state.global_step, "Lower the learning rate or raise `beta`."))
+            if (value := logs.get(name, 0.0)) is None or not math.isfinite(
+                value
+            ):  # TRL logs None for NaN
+                raise NotFiniteError(
+                    _NOT_FINITE.format(
+                        name, value, state.global_step, "Lower the learning rate or raise `beta`."
+                    )
+                )
+
 
 def _finite(reward):
     @functools.wraps(reward)
     def checked(completions, **kwargs):
-        for completion, value in zip(completions, values := reward(completions=completions, **kwargs)):
+        for completion, value in zip(
+            completions, values := reward(completions=completions, **kwargs)
+        ):
             if not math.isfinite(value):
-                raise NotFiniteError(_NOT_FINITE.format("reward", value, kwargs["trainer_state"].global_step + 1,
-                                                            f"The completion is {completion!r}."))
+                raise NotFiniteError(
+                    _NOT_FINITE.format(
+                        "reward",
+                        value,
+                        kwargs["trainer_state"].global_step + 1,
+                        f"The completion is {completion!r}.",
+                    )
+                )
         return values
+
     return checked

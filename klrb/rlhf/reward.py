@@ -15,8 +15,15 @@ from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from transformers import (AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, PrinterCallback, Trainer,
-                          TrainingArguments, set_seed)
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from ..errors import InputError, MissingFileError
 from ..files import packaged_file, split_revision
@@ -36,8 +43,8 @@ class TfidfReward:
 
     def score(
         self,
-        texts: list[str], # whole texts
-    ) -> np.ndarray: # log-odds of "positive", (len(texts),)
+        texts: list[str],  # whole texts
+    ) -> np.ndarray:  # log-odds of "positive", (len(texts),)
         "Score texts."
         return self.vectorizer.transform(texts) @ self.coef + self.intercept
 
@@ -45,67 +52,90 @@ class TfidfReward:
 
     def __call__(
         self,
-        completions: list[str], # generated texts
-        prompts: list[str], # what they complete, same length
-        **kwargs, # TRL passes more; ignored
-    ) -> list[float]: # reward per completion
+        completions: list[str],  # generated texts
+        prompts: list[str],  # what they complete, same length
+        **kwargs,  # TRL passes more; ignored
+    ) -> list[float]:  # reward per completion
         "Reward of each completion, read after its prompt."
         if len(completions) != len(prompts):
-            raise InputError(f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt per completion.")
-        return self.score([prompt + completion for prompt, completion in zip(prompts, completions)]).tolist()
+            raise InputError(
+                f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt per completion."
+            )
+        return self.score(
+            [prompt + completion for prompt, completion in zip(prompts, completions)]
+        ).tolist()
 
 # %% ../../nbs/rlhf/53_reward.ipynb #f3441a44
 _VECTORIZER = dict(ngram_range=(1, 2), min_df=3, sublinear_tf=True, dtype=np.float64)
 
+
 def first_words(
-    text: str, # a review
-    num_words: int = 40, # ours: twice a rollout, so that most beginnings hold an opinion
-) -> str: # its beginning
+    text: str,  # a review
+    num_words: int = 40,  # ours: twice a rollout, so that most beginnings hold an opinion
+) -> str:  # its beginning
     "The first words of a text."
     return " ".join(text.split()[:num_words])
 
+
 def train_tfidf_reward(
-    reviews: Dataset, # columns `text` and `label`: the reward_train split
-) -> TfidfReward: # log-odds of "positive"
+    reviews: Dataset,  # columns `text` and `label`: the reward_train split
+) -> TfidfReward:  # log-odds of "positive"
     "Fit the linear reward on whole reviews and on their beginnings. Raises `ValueError` when a label is missing."
     texts, labels = list(reviews["text"]), np.array(reviews["label"])
-    if len(set(labels)) < 2: raise InputError(f"`reviews` has only the label {set(labels)}; give positive and negative ones.")
+    if len(set(labels)) < 2:
+        raise InputError(
+            f"`reviews` has only the label {set(labels)}; give positive and negative ones."
+        )
     texts, labels = texts + [first_words(text) for text in texts], np.tile(labels, 2)
     vectorizer = TfidfVectorizer(**_VECTORIZER)
-    model = LogisticRegression(C=8., max_iter=200).fit(vectorizer.fit_transform(texts), labels)  # C by held-out accuracy
+    model = LogisticRegression(C=8.0, max_iter=200).fit(
+        vectorizer.fit_transform(texts), labels
+    )  # C by held-out accuracy
     return TfidfReward(vectorizer, model.coef_[0], float(model.intercept_[0]))
 
 # %% ../../nbs/rlhf/53_reward.ipynb #8d24d51c
 def reward_accuracy(
-    log_odds: Callable[[list[str]], np.ndarray], # texts to log-odds of "positive"
-    reviews: Dataset, # columns `text` and `label`: the reward_test split
-) -> dict[str, float]: # accuracy on whole reviews and on beginnings of 40 and 17 words
+    log_odds: Callable[[list[str]], np.ndarray],  # texts to log-odds of "positive"
+    reviews: Dataset,  # columns `text` and `label`: the reward_test split
+) -> dict[str, float]:  # accuracy on whole reviews and on beginnings of 40 and 17 words
     "Share of reviews whose log-odds have the sign of their label."
     labels, texts = np.array(reviews["label"]), list(reviews["text"])
     right = lambda texts: float(np.mean((np.asarray(log_odds(texts)) > 0) == (labels == 1)))
-    return {"whole reviews": right(texts), **{f"first {n} words": right([first_words(text, n) for text in texts]) for n in (40, 17)}}
+    return {
+        "whole reviews": right(texts),
+        **{f"first {n} words": right([first_words(text, n) for text in texts]) for n in (40, 17)},
+    }
 
 # %% ../../nbs/rlhf/53_reward.ipynb #74f2df85
 def save_tfidf_reward(
-    reward: TfidfReward, # to save
-    folder: str | Path, # made when missing
+    reward: TfidfReward,  # to save
+    folder: str | Path,  # made when missing
 ) -> None:
     "Write `terms.json` and `weights.safetensors`."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder/"terms.json").write_text(json.dumps(reward.vectorizer.get_feature_names_out().tolist()))
-    save_file(dict(idf=reward.vectorizer.idf_, coef=reward.coef, intercept=np.array([reward.intercept])),
-              folder/"weights.safetensors")
+    (folder / "terms.json").write_text(
+        json.dumps(reward.vectorizer.get_feature_names_out().tolist())
+    )
+    save_file(
+        dict(idf=reward.vectorizer.idf_, coef=reward.coef, intercept=np.array([reward.intercept])),
+        folder / "weights.safetensors",
+    )
+
 
 def load_tfidf_reward(
-    folder: str | Path, # written by `save_tfidf_reward`
-) -> TfidfReward: # the same reward
+    folder: str | Path,  # written by `save_tfidf_reward`
+) -> TfidfReward:  # the same reward
     "Read a reward back. Raises `FileNotFoundError` when the folder holds none."
     folder = Path(folder)
-    if not (folder/"weights.safetensors").is_file():
-        raise MissingFileError(f"`{folder.name}` holds no reward; run the prepare experiment first.")
-    weights = load_file(folder/"weights.safetensors")
-    vectorizer = TfidfVectorizer(vocabulary=json.loads((folder/"terms.json").read_text()), **_VECTORIZER)
+    if not (folder / "weights.safetensors").is_file():
+        raise MissingFileError(
+            f"`{folder.name}` holds no reward; run the prepare experiment first."
+        )
+    weights = load_file(folder / "weights.safetensors")
+    vectorizer = TfidfVectorizer(
+        vocabulary=json.loads((folder / "terms.json").read_text()), **_VECTORIZER
+    )
     vectorizer.idf_ = weights["idf"]
     return TfidfReward(vectorizer, weights["coef"], float(weights["intercept"][0]))
 
@@ -117,67 +147,109 @@ class SequenceClassifierReward:
 
     def __init__(
         self,
-        name: str, # a local folder or a Hub id
-        positive: int = 1, # which logit
-        batch_size: int = 64, # texts per forward pass
-        device: str = "cpu", # where the classifier runs
+        name: str,  # a local folder or a Hub id
+        positive: int = 1,  # which logit
+        batch_size: int = 64,  # texts per forward pass
+        device: str = "cpu",  # where the classifier runs
     ):
         try:
             where, revision = split_revision(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                where, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False).eval().to(device)
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                where, revision=revision, trust_remote_code=False
+            )
+            self.model = (
+                AutoModelForSequenceClassification.from_pretrained(
+                    where,
+                    revision=revision,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                )
+                .eval()
+                .to(device)
+            )
         except OSError as error:
-            raise InputError(f"`reward` is {name!r}, neither \"tfidf\" nor a classifier that can be loaded "
-                             f"({str(error).splitlines()[0]}). Give the folder of a classifier (a trained reward: run the prepare "
-                             "experiment first), or a Hub id and a network.") from error
+            raise InputError(
+                f'`reward` is {name!r}, neither "tfidf" nor a classifier that can be loaded '
+                f"({str(error).splitlines()[0]}). Give the folder of a classifier (a trained reward: run the prepare "
+                "experiment first), or a Hub id and a network."
+            ) from error
         if not 0 <= positive < self.model.config.num_labels:
-            raise InputError(f"`positive` is {positive} but the classifier has {self.model.config.num_labels} logits.")
+            raise InputError(
+                f"`positive` is {positive} but the classifier has {self.model.config.num_labels} logits."
+            )
         self.positive, self.batch_size = positive, batch_size
 
     @torch.no_grad()
     def _logits(self, texts):
         rows = []
         for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(texts[start:start + self.batch_size], return_tensors="pt", padding=True, truncation=True)
+            batch = self.tokenizer(
+                texts[start : start + self.batch_size],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+            )
             rows.append(self.model(**batch.to(self.model.device)).logits)
         return torch.cat(rows).cpu()  # (len(texts), labels)
 
-    def score(self, texts: list[str]) -> np.ndarray: # positive logit, (len(texts),)
+    def score(self, texts: list[str]) -> np.ndarray:  # positive logit, (len(texts),)
         "Score whole texts, cut at the classifier's context."
         return self._logits(texts)[:, self.positive].numpy()
 
-    def log_odds(self, texts: list[str]) -> np.ndarray: # log-odds of "positive", (len(texts),)
+    def log_odds(self, texts: list[str]) -> np.ndarray:  # log-odds of "positive", (len(texts),)
         "Positive logit against the others', for accuracies; the logit itself when it is the only one."
         logits = self._logits(texts)
         others = [i for i in range(logits.shape[1]) if i != self.positive]
-        return (logits[:, self.positive] - (logits[:, others].logsumexp(1) if others else 0)).numpy()
+        return (
+            logits[:, self.positive] - (logits[:, others].logsumexp(1) if others else 0)
+        ).numpy()
 
     __call__ = TfidfReward.__call__
 
 # %% ../../nbs/rlhf/53_reward.ipynb #1eeebab5
 def train_classifier_reward(
-    reviews: Dataset, # columns `text` and `label`: the reward_train split
-    encoder: str | Path, # folder of an encoder with its tokenizer, such as MiniLM's
-    folder: str | Path, # for the classifier, in the format that `SequenceClassifierReward` reads
-    num_reviews: int = 2400, # ours: ten minutes on one core
-    max_tokens: int = 160, # ours: the last ones are kept, here and by the reward
-    learning_rate: float = 1e-4, # ours
-    seed: int = 0, # of the head and of the order
-) -> SequenceClassifierReward: # the trained reward
+    reviews: Dataset,  # columns `text` and `label`: the reward_train split
+    encoder: str | Path,  # folder of an encoder with its tokenizer, such as MiniLM's
+    folder: str | Path,  # for the classifier, in the format that `SequenceClassifierReward` reads
+    num_reviews: int = 2400,  # ours: ten minutes on one core
+    max_tokens: int = 160,  # ours: the last ones are kept, here and by the reward
+    learning_rate: float = 1e-4,  # ours
+    seed: int = 0,  # of the head and of the order
+) -> SequenceClassifierReward:  # the trained reward
     "Fine-tune a sequence classifier in one epoch. Raises `ValueError` when a label is missing."
     reviews = reviews.select(range(min(num_reviews, len(reviews))))
-    if len(set(reviews["label"])) < 2: raise InputError(f"`reviews` has only the label {set(reviews['label'])}; give both.")
+    if len(set(reviews["label"])) < 2:
+        raise InputError(f"`reviews` has only the label {set(reviews['label'])}; give both.")
     texts = [*reviews["text"], *map(first_words, reviews["text"])]
     set_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(encoder, model_max_length=max_tokens, truncation_side="left", trust_remote_code=False)
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2, use_safetensors=True, trust_remote_code=False)
-    rows = Dataset.from_dict(dict(tokenizer(texts, truncation=True), labels=list(reviews["label"])*2))
+    tokenizer = AutoTokenizer.from_pretrained(
+        encoder, model_max_length=max_tokens, truncation_side="left", trust_remote_code=False
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=2, use_safetensors=True, trust_remote_code=False
+    )
+    rows = Dataset.from_dict(
+        dict(tokenizer(texts, truncation=True), labels=list(reviews["label"]) * 2)
+    )
     config = TrainingArguments(
-        output_dir=str(folder), learning_rate=learning_rate, num_train_epochs=1, per_device_train_batch_size=16, seed=seed,
-        lr_scheduler_type="linear", warmup_steps=0.1, train_sampling_strategy="group_by_length", report_to=[],
-        save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False)
-    trainer = Trainer(model, config, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer))
+        output_dir=str(folder),
+        learning_rate=learning_rate,
+        num_train_epochs=1,
+        per_device_train_batch_size=16,
+        seed=seed,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        train_sampling_strategy="group_by_length",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(
+        model, config, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.model.save_pretrained(folder)
@@ -186,32 +258,35 @@ def train_classifier_reward(
 
 # %% ../../nbs/rlhf/53_reward.ipynb #f3d044da
 def train_reward(
-    name: str, # the profile's `reward`: "tfidf", "minilm-imdb", a local folder or a Hub id
-    reviews: Dataset, # the reward_train split
-    folder: str | Path, # for a reward that is trained; nothing is written for one that exists
-    seed: int = 0, # of the classifier's training
-) -> TfidfReward | SequenceClassifierReward: # what `load_reward` returns afterwards
+    name: str,  # the profile's `reward`: "tfidf", "minilm-imdb", a local folder or a Hub id
+    reviews: Dataset,  # the reward_train split
+    folder: str | Path,  # for a reward that is trained; nothing is written for one that exists
+    seed: int = 0,  # of the classifier's training
+) -> TfidfReward | SequenceClassifierReward:  # what `load_reward` returns afterwards
     "Train a reward if its name asks for it. Raises `FileNotFoundError` when the encoder's package is missing."
-    if name == "minilm-imdb": return train_classifier_reward(reviews, packaged_file(name).parent, folder, seed=seed)
-    if name != "tfidf": return SequenceClassifierReward(name)
+    if name == "minilm-imdb":
+        return train_classifier_reward(reviews, packaged_file(name).parent, folder, seed=seed)
+    if name != "tfidf":
+        return SequenceClassifierReward(name)
     reward = train_tfidf_reward(reviews)
     save_tfidf_reward(reward, folder)
     return reward
 
 # %% ../../nbs/rlhf/53_reward.ipynb #931e636e
 def load_reward(
-    name: str, # the profile's `reward`: "tfidf", "minilm-imdb", a local folder or a Hub id
-    folder: str | Path, # where the prepare experiment saved a trained reward
-    device: str = "cpu", # where a classifier runs
-) -> TfidfReward | SequenceClassifierReward: # callable in TRL's signature
+    name: str,  # the profile's `reward`: "tfidf", "minilm-imdb", a local folder or a Hub id
+    folder: str | Path,  # where the prepare experiment saved a trained reward
+    device: str = "cpu",  # where a classifier runs
+) -> TfidfReward | SequenceClassifierReward:  # callable in TRL's signature
     "The reward function of a profile."
-    if name == "tfidf": return load_tfidf_reward(folder)
+    if name == "tfidf":
+        return load_tfidf_reward(folder)
     return SequenceClassifierReward(str(folder) if name == "minilm-imdb" else name, device=device)
 
 # %% ../../nbs/rlhf/53_reward.ipynb #1bada99f
 def load_judge(
-    name: str, # the profile's `judge`; empty: none
-    folder: str | Path, # where the prepare experiment saved it
-) -> TfidfReward | None: # scores like a reward
+    name: str,  # the profile's `judge`; empty: none
+    folder: str | Path,  # where the prepare experiment saved it
+) -> TfidfReward | None:  # scores like a reward
     "The judge of a profile."
     return load_tfidf_reward(folder) if name else None

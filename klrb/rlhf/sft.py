@@ -24,56 +24,89 @@ __all__ = ['beginnings', 'text_logprobs', 'perplexity', 'train_sft']
 
 # %% ../../nbs/rlhf/54_sft.ipynb #2e51925d
 def beginnings(
-    texts: list[str], # reviews
-    tokenizer: PreTrainedTokenizerBase, # of the model
-    max_tokens: int, # at which a review is cut
-) -> list[list[int]]: # token ids of each, with whatever the tokenizer puts in front
+    texts: list[str],  # reviews
+    tokenizer: PreTrainedTokenizerBase,  # of the model
+    max_tokens: int,  # at which a review is cut
+) -> list[list[int]]:  # token ids of each, with whatever the tokenizer puts in front
     "The first tokens of each text, and end of text after those that are complete."
-    return [(ids + [tokenizer.eos_token_id])[:max_tokens] for ids in tokenizer(list(texts)).input_ids]
+    return [
+        (ids + [tokenizer.eos_token_id])[:max_tokens] for ids in tokenizer(list(texts)).input_ids
+    ]
 
 # %% ../../nbs/rlhf/54_sft.ipynb #db944196
 @torch.no_grad()
 def text_logprobs(
-    model: PreTrainedModel, # in evaluation mode
-    token_ids: list[list[int]], # texts, at least one token each
-    batch_size: int = 16, # texts per forward pass; bounds the memory
-) -> tuple[Tensor, Tensor]: # log-probability in nats and number of predicted tokens, (N,) each
+    model: PreTrainedModel,  # in evaluation mode
+    token_ids: list[list[int]],  # texts, at least one token each
+    batch_size: int = 16,  # texts per forward pass; bounds the memory
+) -> tuple[Tensor, Tensor]:  # log-probability in nats and number of predicted tokens, (N,) each
     "Log-probabilities of texts, every token given those before it."
     found = []
     for start in range(0, len(token_ids), batch_size):
-        rows = [torch.tensor(ids) for ids in token_ids[start:start + batch_size]]
+        rows = [torch.tensor(ids) for ids in token_ids[start : start + batch_size]]
         ids = pad_sequence(rows, batch_first=True).to(model.device)  # (B, L)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        logps = token_logprobs(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], ids[:, 1:])  # (B, L - 1)
-        found.append((logps.masked_fill(mask[:, 1:] == 0, 0.).double().sum(1), mask[:, 1:].sum(1)))
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(
+            model.device
+        )
+        logps = token_logprobs(
+            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1], ids[:, 1:]
+        )  # (B, L - 1)
+        found.append((logps.masked_fill(mask[:, 1:] == 0, 0.0).double().sum(1), mask[:, 1:].sum(1)))
     return tuple(torch.cat(o).cpu() for o in zip(*found))
 
+
 def perplexity(
-    logprobs: Tensor, # of texts in nats, (N,)
-    num_tokens: Tensor, # how many tokens each is the sum of, (N,)
-) -> float: # eq. 1
+    logprobs: Tensor,  # of texts in nats, (N,)
+    num_tokens: Tensor,  # how many tokens each is the sum of, (N,)
+) -> float:  # eq. 1
     "Perplexity of a set of texts."
     return math.exp(-logprobs.sum().item() / num_tokens.sum().item())
 
 # %% ../../nbs/rlhf/54_sft.ipynb #788149b0
 def train_sft(
-    base: PreTrainedModel, # trained in place
-    tokenizer: PreTrainedTokenizerBase, # of the model
-    texts: list[str], # reviews of the language-model split; as many are used as the updates read once
-    profile: Profile, # sft_* settings
-    out_dir: str | Path, # for the trainer's own files
-    seed: int = 0, # of the order
-) -> tuple[PreTrainedModel, list[dict]]: # the model, in evaluation mode, and the trainer's log
+    base: PreTrainedModel,  # trained in place
+    tokenizer: PreTrainedTokenizerBase,  # of the model
+    texts: list[
+        str
+    ],  # reviews of the language-model split; as many are used as the updates read once
+    profile: Profile,  # sft_* settings
+    out_dir: str | Path,  # for the trainer's own files
+    seed: int = 0,  # of the order
+) -> tuple[PreTrainedModel, list[dict]]:  # the model, in evaluation mode, and the trainer's log
     "Fine-tune a language model on beginnings of reviews. Raises `ValueError` when the profile asks for no update."
-    if profile.sft_updates < 1: raise InputError(f"`sft_updates` is {profile.sft_updates}; give at least 1, or leave the model as it is.")
-    rows = beginnings(texts[:profile.sft_updates * profile.sft_batch_size], tokenizer, profile.sft_tokens)
+    if profile.sft_updates < 1:
+        raise InputError(
+            f"`sft_updates` is {profile.sft_updates}; give at least 1, or leave the model as it is."
+        )
+    rows = beginnings(
+        texts[: profile.sft_updates * profile.sft_batch_size], tokenizer, profile.sft_tokens
+    )
     config = SFTConfig(
-        output_dir=str(out_dir), max_steps=profile.sft_updates, per_device_train_batch_size=profile.sft_batch_size,
-        learning_rate=profile.sft_learning_rate, lr_scheduler_type="linear", warmup_steps=0.1, seed=seed, logging_steps=1,
-        max_length=None, packing=False, gradient_checkpointing=False, bf16=False, report_to=[], save_strategy="no",
-        disable_tqdm=True, dataloader_pin_memory=False, use_cpu=profile.device == "cpu")
+        output_dir=str(out_dir),
+        max_steps=profile.sft_updates,
+        per_device_train_batch_size=profile.sft_batch_size,
+        learning_rate=profile.sft_learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,
+        seed=seed,
+        logging_steps=1,
+        max_length=None,
+        packing=False,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        use_cpu=profile.device == "cpu",
+    )
     config._n_gpu = min(config.n_gpu, 1)  # or transformers would spread one process over all GPUs
-    trainer = SFTTrainer(base, config, train_dataset=Dataset.from_dict(dict(input_ids=rows)), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        base,
+        config,
+        train_dataset=Dataset.from_dict(dict(input_ids=rows)),
+        processing_class=tokenizer,
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer.model.eval(), [row for row in trainer.state.log_history if "loss" in row]

@@ -32,63 +32,121 @@ __all__ = ['rloo_run']
 def _load(profile: Profile, prepared: Path, start: str, device: torch.device):
     "Policy, reference, tokenizer, reward, judge and the two sets of prompts."
     reference_name = profile.reference(prepared)
-    policy_name = str(prepared/"dpo_policy") if start == "dpo" else reference_name
+    policy_name = str(prepared / "dpo_policy") if start == "dpo" else reference_name
     policy, reference = (load_model(name).to(device) for name in (policy_name, reference_name))
     tokenizer = load_tokenizer(reference_name)
     check_same_tokenizer(load_tokenizer(policy_name), tokenizer)
-    reward, judge = load_reward(profile.reward, prepared/"reward", str(device)), load_judge(profile.judge, prepared/"judge")
-    prompts = [Dataset.from_pandas(pd.read_parquet(prepared/f"{name}_prompts.parquet")) for name in ("rloo", "evaluation")]
+    reward, judge = (
+        load_reward(profile.reward, prepared / "reward", str(device)),
+        load_judge(profile.judge, prepared / "judge"),
+    )
+    prompts = [
+        Dataset.from_pandas(pd.read_parquet(prepared / f"{name}_prompts.parquet"))
+        for name in ("rloo", "evaluation")
+    ]
     return policy, reference, tokenizer, reward, judge, *prompts
 
+
 def _write_down(out: Path, params: dict, profile: Profile, config: RBRLOOConfig) -> None:
-    (out/"params.json").write_text(json.dumps(dict(params, settings=asdict(profile)), indent=1))
-    known = json.loads((out/"environment.json").read_text()) if (out/"environment.json").is_file() else {}  # the runner's: commit, machine
-    known |= dict(python=platform.python_version(), threads=torch.get_num_threads(), device=str(config.device), processes=config.world_size)
+    (out / "params.json").write_text(json.dumps(dict(params, settings=asdict(profile)), indent=1))
+    known = (
+        json.loads((out / "environment.json").read_text())
+        if (out / "environment.json").is_file()
+        else {}
+    )  # the runner's: commit, machine
+    known |= dict(
+        python=platform.python_version(),
+        threads=torch.get_num_threads(),
+        device=str(config.device),
+        processes=config.world_size,
+    )
     known |= {name: version(name) for name in ("klrb", "torch", "trl", "transformers")}
-    (out/"environment.json").write_text(json.dumps(known, indent=1))
+    (out / "environment.json").write_text(json.dumps(known, indent=1))
+
 
 def _seconds(metrics: Path, num_iterations: int) -> dict[str, float]:
     "Total, and per update: the median over generation batches after the first, which includes the start."
     rows = pd.read_csv(metrics).query("metric == 'seconds'")
-    batches = rows.groupby((rows.step - 1)//num_iterations).value.mean()
-    return dict(seconds=rows.value.sum(), seconds_per_update=batches.iloc[1:].median() if len(batches) > 1 else batches.iloc[0])
+    batches = rows.groupby((rows.step - 1) // num_iterations).value.mean()
+    return dict(
+        seconds=rows.value.sum(),
+        seconds_per_update=batches.iloc[1:].median() if len(batches) > 1 else batches.iloc[0],
+    )
 
 # %% ../../nbs/rlhf/57_training.ipynb #59a23dc6
 def rloo_run(
-    profile: Profile, # models, lengths, learning rate, device
-    prepared: str | Path, # folder of its finished preparation
-    out: str | Path, # folder of the run
-    kl_estimator: str = "rb", # unbiased method of `klrb.gradients`
-    beta: float | None = None, # KL weight; None: the profile's
-    seed: int = 0, # of sampling and of the order of the prompts
-    start: str = "reference", # policy to start from: "reference" or "dpo"
-    updates: int | None = None, # optimiser steps; None: the profile's
-    save_every: int = 20, # updates between checkpoints; a killed run repeats fewer than that
-) -> dict: # what `result.json` holds: the parameters, what `summarize_evaluation` gives, seconds
+    profile: Profile,  # models, lengths, learning rate, device
+    prepared: str | Path,  # folder of its finished preparation
+    out: str | Path,  # folder of the run
+    kl_estimator: str = "rb",  # unbiased method of `klrb.gradients`
+    beta: float | None = None,  # KL weight; None: the profile's
+    seed: int = 0,  # of sampling and of the order of the prompts
+    start: str = "reference",  # policy to start from: "reference" or "dpo"
+    updates: int | None = None,  # optimiser steps; None: the profile's
+    save_every: int = 20,  # updates between checkpoints; a killed run repeats fewer than that
+) -> dict:  # what `result.json` holds: the parameters, what `summarize_evaluation` gives, seconds
     """Train one policy, judge it, and keep everything in a folder.
 
     Raises `ValueError` for settings that cannot work and `FileNotFoundError` without a preparation, before anything is written.
     """
     prepared, out = Path(prepared), Path(out)
     beta, updates = profile.beta if beta is None else beta, updates or profile.updates
-    if start not in ("reference", "dpo"): raise InputError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")
-    if not (prepared/"evaluation_prompts.parquet").is_file() or not (prepared/"rloo_prompts.parquet").is_file():
-        raise MissingFileError(f"`prepare_dir` ({prepared.name}) is not finished; run the prepare experiment first.")
-    config = rloo_config(profile, out/"trainer", kl_estimator, beta, seed, updates, save_every)
+    if start not in ("reference", "dpo"):
+        raise InputError(f'`start` is {start!r}; give "reference" or "dpo".')
+    if (
+        not (prepared / "evaluation_prompts.parquet").is_file()
+        or not (prepared / "rloo_prompts.parquet").is_file()
+    ):
+        raise MissingFileError(
+            f"`prepare_dir` ({prepared.name}) is not finished; run the prepare experiment first."
+        )
+    config = rloo_config(profile, out / "trainer", kl_estimator, beta, seed, updates, save_every)
     set_seed(seed)
-    policy, reference, tokenizer, reward, judge, prompts, evaluation_prompts = _load(profile, prepared, start, config.device)
-    params = dict(profile=profile.name, kl_estimator=kl_estimator, beta=beta, seed=seed, start=start, updates=updates)
+    policy, reference, tokenizer, reward, judge, prompts, evaluation_prompts = _load(
+        profile, prepared, start, config.device
+    )
+    params = dict(
+        profile=profile.name,
+        kl_estimator=kl_estimator,
+        beta=beta,
+        seed=seed,
+        start=start,
+        updates=updates,
+    )
     if config.process_index == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out/"result.json").unlink(missing_ok=True)
+        (out / "result.json").unlink(missing_ok=True)
         _write_down(out, params, profile, config)
     PartialState().wait_for_everyone()
-    policy = train_rloo(policy, reference, tokenizer, prompts, reward, config, out/"metrics.csv", resume=True, start=start)
+    policy = train_rloo(
+        policy,
+        reference,
+        tokenizer,
+        prompts,
+        reward,
+        config,
+        out / "metrics.csv",
+        resume=True,
+        start=start,
+    )
     if config.process_index == 0:
-        frame = evaluate_policy(policy, reference, tokenizer, evaluation_prompts, reward, profile, seed=10_000 + seed, judge=judge)
-        frame.to_csv(out/"evaluation.csv", index=False, float_format="%.6g")
-        shutil.rmtree(out/"trainer", ignore_errors=True)  # nothing is left to resume
-        result = dict(params, **summarize_evaluation(frame, beta), **_seconds(out/"metrics.csv", profile.num_iterations))
-        write_atomic(out/"result.json", json.dumps(result, indent=1))
+        frame = evaluate_policy(
+            policy,
+            reference,
+            tokenizer,
+            evaluation_prompts,
+            reward,
+            profile,
+            seed=10_000 + seed,
+            judge=judge,
+        )
+        frame.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
+        shutil.rmtree(out / "trainer", ignore_errors=True)  # nothing is left to resume
+        result = dict(
+            params,
+            **summarize_evaluation(frame, beta),
+            **_seconds(out / "metrics.csv", profile.num_iterations),
+        )
+        write_atomic(out / "result.json", json.dumps(result, indent=1))
     PartialState().wait_for_everyone()
-    return json.loads((out/"result.json").read_text())
+    return json.loads((out / "result.json").read_text())
