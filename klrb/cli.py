@@ -26,117 +26,200 @@ with needed_packages(__name__):
     from typer.core import TyperGroup
 
 # %% ../nbs/sweeps/63_cli.ipynb #9f4ff04c
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Better estimation of the KL divergence between language models.")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Better estimation of the KL divergence between language models.",
+)
+
 
 def _print_version(asked: bool) -> None:
-    if not asked: return
+    if not asked:
+        return
     typer.echo(f"klrb {__version__}")
     raise typer.Exit()
 
+
 @app.callback()
 def _main(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True,
-                                 help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None: ...
+
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     "One line and exit code 2 for what user or machine caused; traceback and 1 for a fault of ours."
-    try: yield
-    except (typer.Exit, typer.Abort): raise  # they are RuntimeErrors
-    except BrokenPipeError: raise  # whoever read our output has seen enough; typer ends quietly
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise  # they are RuntimeErrors
+    except BrokenPipeError:
+        raise  # whoever read our output has seen enough; typer ends quietly
     except KeyboardInterrupt:
         _say("stopped.")
         raise typer.Exit(130) from None
     except Exception as error:
         line = _cause(error)
-        if line is None: traceback.print_exception(error)
+        if line is None:
+            traceback.print_exception(error)
         _say(line or "this is a fault of klrb; please report it with the lines above.")
         raise typer.Exit(1 if line is None else 2) from None
 
-def _say(line: str) -> None: typer.echo(f"klrb: {line}", err=True)
+
+def _say(line: str) -> None:
+    typer.echo(f"klrb: {line}", err=True)
 
 # %% ../nbs/sweeps/63_cli.ipynb #7b1d0003
-_REFUSALS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
-             errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EIO,
-             errno.ESTALE, errno.ENOLCK, errno.EMFILE, errno.ENFILE, errno.ENODEV}
-_NO_MEMORY = ("out of memory; lower --batch-tokens or the number of workers, "
-              "or choose a smaller model or dtype.")
-_TORCH_SAYS = ("DefaultCPUAllocator: can't allocate memory", "CUDA out of memory",
-               "MPS backend out of memory")
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOLCK,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENODEV,
+}
+_NO_MEMORY = (
+    "out of memory; lower --batch-tokens or the number of workers, "
+    "or choose a smaller model or dtype."
+)
+_TORCH_SAYS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA out of memory",
+    "MPS backend out of memory",
+)
+
 
 def _cause(error: Exception) -> str | None:
     "What to tell the user; None when the fault is ours."
-    if isinstance(error, UserError): return _one_line(error)
-    if isinstance(error, ImportError): return missing_package(error)
-    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error): return _NO_MEMORY
-    if not isinstance(error, OSError) or error.errno not in _REFUSALS: return None
+    if isinstance(error, UserError):
+        return _one_line(error)
+    if isinstance(error, ImportError):
+        return missing_package(error)
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+        return _NO_MEMORY
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS:
+        return None
     where = f"`{error.filename}`: " if error.filename is not None else ""
     return f"the machine refuses: {where}{error.strerror}."
 
+
 def _is_torch_out_of_memory(error: Exception) -> bool:
-    if type(error).__name__ == "OutOfMemoryError": return True
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
     return isinstance(error, RuntimeError) and any(o in str(error) for o in _TORCH_SAYS)
 
-def _one_line(error: Exception) -> str: return " ".join(str(error).split()) or type(error).__name__
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 # %% ../nbs/sweeps/63_cli.ipynb #7a8d69f0
 class _RunByDefault(TyperGroup):
     def parse_args(self, ctx, args):
-        if not args and not ctx.resilient_parsing: args = ["--help"]  # empty while a shell completes: it lists the commands
-        if args and args[0] not in self.commands: args = ["run", *args]
+        if not args and not ctx.resilient_parsing:
+            args = ["--help"]  # empty while a shell completes: it lists the commands
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
         return super().parse_args(ctx, args)
 
-sweeps = typer.Typer(cls=_RunByDefault, help="Run a grid of notebooks, look at it, retry what failed.", rich_markup_mode=None)
+
+sweeps = typer.Typer(
+    cls=_RunByDefault,
+    help="Run a grid of notebooks, look at it, retry what failed.",
+    rich_markup_mode=None,
+)
 app.add_typer(sweeps, name="sweep")
+
 
 @contextmanager
 def _sweep_endings(out: Path) -> Iterator[None]:
     from klrb.sweeps.study import SweepFailed
+
     with one_line_errors():
-        try: yield
+        try:
+            yield
         except SweepFailed as error:
             typer.echo(f"klrb: {error}\nThe same command tries them again.", err=True)
             raise typer.Exit(1)
         except KeyboardInterrupt:
             from klrb.sweeps.study import status
-            counts = Counter(row["state"] for row in status(out)) if (Path(out)/"sweep.json").is_file() else {}
+
+            counts = (
+                Counter(row["state"] for row in status(out))
+                if (Path(out) / "sweep.json").is_file()
+                else {}
+            )
             states = ", ".join(f"{n} {state}" for state, n in counts.items()) or "nothing has begun"
             _say(f"stopped; {states}. The same command goes on from here.")
             raise typer.Exit(130)
 
 # %% ../nbs/sweeps/63_cli.ipynb #792f5b40
-_WORKERS = typer.Option(None, "--workers", "--jobs", help="Notebooks at a time on this machine.", show_default="from cores and runs")
+_WORKERS = typer.Option(
+    None,
+    "--workers",
+    "--jobs",
+    help="Notebooks at a time on this machine.",
+    show_default="from cores and runs",
+)
 _THREADS = typer.Option(None, help="Torch threads of each.", show_default="its share of the cores")
-_SCHEDULER = typer.Option(None, help="Address of a Dask scheduler, such as tcp://host:8786.", show_default="this machine")
+_SCHEDULER = typer.Option(
+    None, help="Address of a Dask scheduler, such as tcp://host:8786.", show_default="this machine"
+)
 _TIMEOUT = typer.Option(None, help="Seconds until a run counts as failed.", show_default="no limit")
 _RETRIES = typer.Option(1, help="Further attempts of a run that failed.")
-_CACHE = typer.Option(None, envvar="KLRB_CACHE", help="Folder of shared preparations.", show_default="OUT/cache")
+_CACHE = typer.Option(
+    None, envvar="KLRB_CACHE", help="Folder of shared preparations.", show_default="OUT/cache"
+)
 _EXAMPLE = """Example:
 
 klrb sweep nbs/experiments/rloo.ipynb --profile pocket --grid kl_estimator=mc,rb --grid beta=0.2,0.5 --seeds 5 --out outputs/runs/mine
 
 Also: klrb sweep status OUT, klrb sweep retry OUT, klrb report OUT. Finished runs are skipped; the same command goes on after any crash."""
 
+
 @sweeps.command("run", epilog=_EXAMPLE)
 def _sweep(
     notebook: Path = typer.Argument(help="Experiment notebook with a cell tagged `parameters`."),
     out: Path = typer.Option(..., help="Folder of the sweep, seen by all workers."),
-    profile: str = typer.Option(None, help="smoke, pocket, smol, paper, or a .toml file.", show_default="the notebook's"),
+    profile: str = typer.Option(
+        None, help="smoke, pocket, smol, paper, or a .toml file.", show_default="the notebook's"
+    ),
     grid: list[str] = typer.Option([], help="NAME=VALUE,VALUE; repeat for further parameters."),
-    seeds: int = typer.Option(None, help="Repeats of the grid, with seeds 0, 1, ...", show_default="the notebook's seed"),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the grid and its cost, start nothing."),
-    workers: int = _WORKERS, threads: int = _THREADS, scheduler: str = _SCHEDULER, timeout: float = _TIMEOUT,
-    retries: int = _RETRIES, cache: Path = _CACHE,
+    seeds: int = typer.Option(
+        None, help="Repeats of the grid, with seeds 0, 1, ...", show_default="the notebook's seed"
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Print the grid and its cost, start nothing."
+    ),
+    workers: int = _WORKERS,
+    threads: int = _THREADS,
+    scheduler: str = _SCHEDULER,
+    timeout: float = _TIMEOUT,
+    retries: int = _RETRIES,
+    cache: Path = _CACHE,
 ) -> None:
     "Run a grid of a notebook; also `klrb sweep status OUT` and `klrb sweep retry OUT`."
     with one_line_errors():
         from klrb.sweeps.notebooks import parse_grid
         from klrb.sweeps.study import Execution, sweep
+
         with _sweep_endings(out):
             execution = Execution(workers, threads, scheduler, timeout, retries)
-            sweep(notebook, profile, parse_grid(grid), seeds, out, execution, cache, dry_run=dry_run)
+            sweep(
+                notebook, profile, parse_grid(grid), seeds, out, execution, cache, dry_run=dry_run
+            )
 
 # %% ../nbs/sweeps/63_cli.ipynb #67b7d5cf
 @sweeps.command("status")
@@ -144,71 +227,119 @@ def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
     "Print what has become of every run."
     with one_line_errors():
         from klrb.sweeps.study import status
+
         rows = status(out)
         width = max((len(row["key"]) for row in rows), default=0)
         for row in sorted(rows, key=lambda o: o["state"]):
             reached = f"update {row['update']}" if row["update"] is not None else ""
-            typer.echo(f"{row['key']:{width}}  {row['state']:11}  {reached:12} {row['seconds']:7.0f} s  {row['reason']}".rstrip())
-        typer.echo(", ".join(f"{n} {state}" for state, n in Counter(row["state"] for row in rows).items()))
+            typer.echo(
+                f"{row['key']:{width}}  {row['state']:11}  {reached:12} {row['seconds']:7.0f} s  {row['reason']}".rstrip()
+            )
+        typer.echo(
+            ", ".join(f"{n} {state}" for state, n in Counter(row["state"] for row in rows).items())
+        )
 
 # %% ../nbs/sweeps/63_cli.ipynb #aeed3c37
 @sweeps.command("retry")
 def _retry(
     out: Path = typer.Argument(help="Folder of a sweep."),
-    workers: int = _WORKERS, threads: int = _THREADS, scheduler: str = _SCHEDULER, timeout: float = _TIMEOUT,
+    workers: int = _WORKERS,
+    threads: int = _THREADS,
+    scheduler: str = _SCHEDULER,
+    timeout: float = _TIMEOUT,
     retries: int = _RETRIES,
 ) -> None:
     "Run again what failed."
     with one_line_errors():
         from klrb.sweeps.study import Execution, retry
-        with _sweep_endings(out): retry(out, Execution(workers, threads, scheduler, timeout, retries))
+
+        with _sweep_endings(out):
+            retry(out, Execution(workers, threads, scheduler, timeout, retries))
+
 
 @app.command()
 def report(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
     "Tables and figures of a sweep from whatever is finished, marked as partial when runs are missing."
     with one_line_errors():
         from klrb.sweeps.study import report
-        with _sweep_endings(out): typer.echo(f"in {report(out)}")
+
+        with _sweep_endings(out):
+            typer.echo(f"in {report(out)}")
 
 # %% ../nbs/sweeps/63_cli.ipynb #c05e0bd0
-_PROFILES = "\n\n".join(["Profiles:", *(describe_profile(profile) for profile in PROFILES.values()),
-                         "A .toml file has base = \"paper\" (or another) and the settings to replace: models on your disk, device, sizes."])
+_PROFILES = "\n\n".join(
+    [
+        "Profiles:",
+        *(describe_profile(profile) for profile in PROFILES.values()),
+        'A .toml file has base = "paper" (or another) and the settings to replace: models on your disk, device, sizes.',
+    ]
+)
+
 
 @app.command(epilog=_PROFILES)
 def study(
     profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
-    out: Path = typer.Option(None, help="Folder of the study.", show_default="outputs/runs/PROFILE"),
-    notebooks: Path = typer.Option(Path("nbs/experiments"), help="Folder of the experiment notebooks."),
+    out: Path = typer.Option(
+        None, help="Folder of the study.", show_default="outputs/runs/PROFILE"
+    ),
+    notebooks: Path = typer.Option(
+        Path("nbs/experiments"), help="Folder of the experiment notebooks."
+    ),
     estimators: str = typer.Option(None, help="Comma-separated, e.g. mc,rb_sequence,rb."),
     betas: str = typer.Option(None, help="Comma-separated, e.g. 0.2,0.5,1."),
     seeds: int = typer.Option(None, min=1, help="Runs per estimator and beta."),
     updates: int = typer.Option(None, min=1, help="Optimiser steps per run."),
     start: str = typer.Option("reference", help="Policy that RLOO starts from: reference or dpo."),
-    workers: int = _WORKERS, threads: int = _THREADS, scheduler: str = _SCHEDULER, timeout: float = _TIMEOUT,
-    retries: int = _RETRIES, cache: Path = _CACHE,
+    workers: int = _WORKERS,
+    threads: int = _THREADS,
+    scheduler: str = _SCHEDULER,
+    timeout: float = _TIMEOUT,
+    retries: int = _RETRIES,
+    cache: Path = _CACHE,
 ) -> None:
     "Run the whole study of a profile; finished runs are skipped."
     with one_line_errors():
         from klrb.rlhf.profiles import get_profile
         from klrb.sweeps.study import Execution, run_study
-        given = dict(estimators=tuple(estimators.split(",")) if estimators else None, seeds=seeds, updates=updates,
-                     betas=_numbers(betas) if betas else None)
+
+        given = dict(
+            estimators=tuple(estimators.split(",")) if estimators else None,
+            seeds=seeds,
+            updates=updates,
+            betas=_numbers(betas) if betas else None,
+        )
         settings = get_profile(profile, **{k: v for k, v in given.items() if v is not None})
-        out = out or Path("outputs/runs")/settings.name
+        out = out or Path("outputs/runs") / settings.name
         with _sweep_endings(out):
-            run_study(settings, out, notebooks, Execution(workers, threads, scheduler, timeout, retries), start, cache)
+            run_study(
+                settings,
+                out,
+                notebooks,
+                Execution(workers, threads, scheduler, timeout, retries),
+                start,
+                cache,
+            )
+
 
 def _numbers(text: str) -> tuple[float, ...]:
-    try: return tuple(float(part) for part in text.split(","))
-    except ValueError: raise InputError(f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1.") from None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1."
+        ) from None
 
 # %% ../nbs/sweeps/63_cli.ipynb #ab92d74a
 @app.command()
 def rloo(
-    prepare_dir: Path = typer.Option(..., help="Finished preparation: OUT/cache/prepare/NAME of a study."),
+    prepare_dir: Path = typer.Option(
+        ..., help="Finished preparation: OUT/cache/prepare/NAME of a study."
+    ),
     out: Path = typer.Option(..., help="Folder of the run; a killed run goes on in it."),
     profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
-    estimator: str = typer.Option("rb", help="Unbiased method of klrb.gradients: mc, mc_to_go, rb_sequence or rb."),
+    estimator: str = typer.Option(
+        "rb", help="Unbiased method of klrb.gradients: mc, mc_to_go, rb_sequence or rb."
+    ),
     beta: float = typer.Option(None, help="Weight of the KL.", show_default="the profile's"),
     seed: int = typer.Option(0, help="Of the sampling and the order of prompts."),
     start: str = typer.Option("reference", help="Policy that RLOO starts from: reference or dpo."),
@@ -221,37 +352,69 @@ def rloo(
         import os
         from klrb.rlhf.profiles import check_downloads, get_profile
         from klrb.rlhf.training import rloo_run
+
         settings = get_profile(profile)
         check_downloads(settings)
-        result = rloo_run(settings, prepare_dir, out, estimator, beta, seed, start, updates, save_every)
-        if os.environ.get("RANK", "0") != "0": return  # the first process speaks
-        for name in ("reward", "kl_rb", "kl_mc", "objective"): typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
+        result = rloo_run(
+            settings, prepare_dir, out, estimator, beta, seed, start, updates, save_every
+        )
+        if os.environ.get("RANK", "0") != "0":
+            return  # the first process speaks
+        for name in ("reward", "kl_rb", "kl_mc", "objective"):
+            typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
 
 # %% ../nbs/sweeps/63_cli.ipynb #714d0ec1
 @app.command()
 def measure(
     policy: str = typer.Argument(help="Hub id, folder, GGUF file, BASE+ADAPTER or pocket."),
     reference: str = typer.Argument(help="The same; must share the policy's tokenizer."),
-    prompts: str = typer.Option(None, show_default="none, from the beginning of text", help="Text, JSONL, CSV or Parquet file, Hub data set, or - for standard input."),
-    text: str = typer.Option(None, help="Compare next tokens on this text instead of sampling: file, Hub data set or -."),
-    column: str = typer.Option(None, show_default="prompt or text", help="Field or column of prompts or text."),
-    samples: int = typer.Option(None, show_default="1,024 over all prompts", help="Completions per prompt."),
-    tolerance: str = typer.Option(None, help="Sample until the 95 % interval is this narrow: half-width in nats, or 5%."),
+    prompts: str = typer.Option(
+        None,
+        show_default="none, from the beginning of text",
+        help="Text, JSONL, CSV or Parquet file, Hub data set, or - for standard input.",
+    ),
+    text: str = typer.Option(
+        None, help="Compare next tokens on this text instead of sampling: file, Hub data set or -."
+    ),
+    column: str = typer.Option(
+        None, show_default="prompt or text", help="Field or column of prompts or text."
+    ),
+    samples: int = typer.Option(
+        None, show_default="1,024 over all prompts", help="Completions per prompt."
+    ),
+    tolerance: str = typer.Option(
+        None, help="Sample until the 95 % interval is this narrow: half-width in nats, or 5%."
+    ),
     max_samples: int = typer.Option(65_536, help="Completions at the most, with --tolerance."),
     max_new_tokens: int = typer.Option(32, help="Completions are cut at this length."),
     temperature: float = typer.Option(1.0, help="Of both models."),
-    reference_temperature: float = typer.Option(None, show_default="as --temperature", help="Of the reference."),
-    direction: str = typer.Option("reverse", help="reverse is KL(policy || reference); forward; both."),
-    divergence: str = typer.Option("kl", help="kl, forward_kl, jeffreys, js, tv, hellinger, chi2 or alpha."),
+    reference_temperature: float = typer.Option(
+        None, show_default="as --temperature", help="Of the reference."
+    ),
+    direction: str = typer.Option(
+        "reverse", help="reverse is KL(policy || reference); forward; both."
+    ),
+    divergence: str = typer.Option(
+        "kl", help="kl, forward_kl, jeffreys, js, tv, hellinger, chi2 or alpha."
+    ),
     alpha: float = typer.Option(0.5, help="Order of the alpha divergence."),
-    end_tokens: list[str] = typer.Option(None, "--end-token", show_default="the models'", help="Token that ends a completion; repeat for several."),
+    end_tokens: list[str] = typer.Option(
+        None,
+        "--end-token",
+        show_default="the models'",
+        help="Token that ends a completion; repeat for several.",
+    ),
     chat: bool = typer.Option(False, "--chat", help="Apply the chat template."),
-    policy_prefix: str = typer.Option("", help="Text before every prompt of the policy; with --chat, its system message."),
+    policy_prefix: str = typer.Option(
+        "", help="Text before every prompt of the policy; with --chat, its system message."
+    ),
     reference_prefix: str = typer.Option("", help="The same for the reference."),
     window: int = typer.Option(512, help="With --text: tokens read at a time."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
     device: str = typer.Option("auto", help="auto, cpu, cuda or mps."),
-    trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that comes with a checkpoint."),
+    trust_remote_code: bool = typer.Option(
+        False, "--trust-remote-code", help="Run code that comes with a checkpoint."
+    ),
     batch_tokens: int = typer.Option(4096, help="Tokens at a time; lower it when memory runs out."),
     seed: int = typer.Option(0, help="Of the sampling."),
     save: Path = typer.Option(None, help="New folder for tables, figures and rollouts."),
@@ -269,38 +432,60 @@ def _measured(given: dict):
     from inspect import signature
     from klrb.measure import measure_kl
     from klrb.compare.text import measure_text
-    function, other = (measure_kl, measure_text) if given["text"] is None else (measure_text, measure_kl)
+
+    function, other = (
+        (measure_kl, measure_text) if given["text"] is None else (measure_text, measure_kl)
+    )
     allowed = signature(function).parameters
     for name, parameter in signature(other).parameters.items():
         if name in given and name not in allowed and given[name] not in (None, parameter.default):
-            raise InputError(f"`{name}` is {given[name]!r}, which means nothing {'without' if given['text'] is None else 'together with'} `text`; leave it out.")
+            raise InputError(
+                f"`{name}` is {given[name]!r}, which means nothing {'without' if given['text'] is None else 'together with'} `text`; leave it out."
+            )
     return function(**{name: value for name, value in given.items() if name in allowed})
+
 
 def _quiet_loading() -> None:
     import warnings
     import transformers
+
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+
 def _show(measured, as_json: bool) -> None:
     "Print a measurement; exit code 130 when it was interrupted."
     import sys
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not cost the result
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a terminal that lacks a character must not cost the result
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if as_json:
         import json
+
         typer.echo(json.dumps(measured.to_json(), allow_nan=False))  # ASCII, for every terminal
     else:
         from rich.console import Console
         from klrb.compare.results import heatmap_text
+
         typer.echo(repr(measured))
         console = Console(force_jupyter=False)
-        if measured.largest: typer.echo("Largest steps (nats, sum at the end):")
-        for o in measured.largest[:3]: console.print(heatmap_text(o["prompt"], o["tokens"], o["step"]))
-    if measured.status == "interrupted": raise typer.Exit(130)
-    unreachable = [o for o in getattr(measured, "results", {}).values() if o.reason in ("prompts", "infinite")]
-    if unreachable: raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
+        if measured.largest:
+            typer.echo("Largest steps (nats, sum at the end):")
+        for o in measured.largest[:3]:
+            console.print(heatmap_text(o["prompt"], o["tokens"], o["step"]))
+    if measured.status == "interrupted":
+        raise typer.Exit(130)
+    unreachable = [
+        o for o in getattr(measured, "results", {}).values() if o.reason in ("prompts", "infinite")
+    ]
+    if unreachable:
+        raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
 
 # %% ../nbs/sweeps/63_cli.ipynb #dc8e1b54
-if __name__ == "__main__" and "__file__" in globals(): main()  # not in this notebook
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # not in this notebook

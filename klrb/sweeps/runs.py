@@ -75,20 +75,34 @@ def code_digest(
     return text_digest({name: digest(known[name]) for name in reached_modules(source)})
 
 # %% ../../nbs/sweeps/60_runs.ipynb #694af8b9
-def environment() -> dict[str, str | int | bool | None]: # versions, commit, machine
+def environment() -> dict[str, str | int | bool | None]:  # versions, commit, machine
     "Where a run was made, for the record; none of it belongs to the identity."
+
     def git(*command):
-        try: done = subprocess.run(["git", "-C", str(_PACKAGE), *command], capture_output=True, text=True)
-        except FileNotFoundError: return None
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(_PACKAGE), *command], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
+
     ours = git("ls-files", "--error-unmatch", "files.py") is not None
     versions = {}
     for name in ("klrb", "torch", "trl", "transformers", "numpy", "papermill", "distributed"):
-        try: versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: versions[name] = None
-    return dict(commit=git("rev-parse", "HEAD") if ours else None, dirty=bool(git("status", "--porcelain")) if ours else None,
-                python=platform.python_version(), system=platform.system(), machine=platform.machine(), cores=os.cpu_count(),
-                **versions)
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return dict(
+        commit=git("rev-parse", "HEAD") if ours else None,
+        dirty=bool(git("status", "--porcelain")) if ours else None,
+        python=platform.python_version(),
+        system=platform.system(),
+        machine=platform.machine(),
+        cores=os.cpu_count(),
+        **versions,
+    )
 
 # %% ../../nbs/sweeps/60_runs.ipynb #8782f6de
 @dataclass(frozen=True)
@@ -99,50 +113,65 @@ class Run:
     root: Path  # folder of the sweep, or of the cache
     name: str  # readable, from what the grid varies
     parameters: dict = field(hash=False)  # every parameter with its value, except folders
-    folders: dict = field(default_factory=dict, hash=False)  # `prepare_dir`, if the notebook reads a preparation; `profile`, if it is a file
-    facts: dict = field(default_factory=dict, hash=False)  # digests of the notebook, of what it reads, of the code; settings
+    folders: dict = field(
+        default_factory=dict, hash=False
+    )  # `prepare_dir`, if the notebook reads a preparation; `profile`, if it is a file
+    facts: dict = field(
+        default_factory=dict, hash=False
+    )  # digests of the notebook, of what it reads, of the code; settings
     given: dict = field(default_factory=dict, hash=False)  # parameters that the kernel is given
 
     @property
-    def identity(self) -> str: # eq. 1
+    def identity(self) -> str:  # eq. 1
         "Equal for two runs exactly when everything that can change the result is equal."
         return text_digest(dict(parameters=self.parameters, **self.facts))
 
     @property
-    def key(self) -> str: # "notebook/name-identity"
+    def key(self) -> str:  # "notebook/name-identity"
         "Path of the folder within `root`."
         return f"{self.notebook.stem.rpartition('-')[0] or self.notebook.stem}/{self.name}-{self.identity[:12]}"
 
     @property
     def folder(self) -> Path:
         "Holds everything the run writes."
-        return self.root/self.key
+        return self.root / self.key
 
 # %% ../../nbs/sweeps/60_runs.ipynb #2e60e941
 _OWN = {"run.json", "log.txt", ".lock"}  # of the runner; written after the digests are taken
-_VOLATILE = {"result.json", "executed.ipynb", "params.json", "environment.json"}  # hold times and versions; nobody reads them on
+_VOLATILE = {
+    "result.json",
+    "executed.ipynb",
+    "params.json",
+    "environment.json",
+}  # hold times and versions; nobody reads them on
+
 
 def manifest(
-    folder: Path, # of a run
-) -> dict[str, str]: # relative path to sha256
+    folder: Path,  # of a run
+) -> dict[str, str]:  # relative path to sha256
     "Digests of the files that a run has written, after flushing them to disk."
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OWN]
-    for path in paths: _sync(path)
+    for path in paths:
+        _sync(path)
     return {p.relative_to(folder).as_posix(): digest(p) for p in paths}
 
+
 def read_json(
-    path: str | Path, # of a file that should hold a JSON object
-) -> dict | None: # None when it does not, or is not there
+    path: str | Path,  # of a file that should hold a JSON object
+) -> dict | None:  # None when it does not, or is not there
     "The object in a file, if there is one."
-    try: value = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError): return None
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
     return value if isinstance(value, dict) else None
 
+
 def read_record(
-    folder: Path, # of a run
-) -> dict: # empty when there is none, or none that can be read
+    folder: Path,  # of a run
+) -> dict:  # empty when there is none, or none that can be read
     "What `run.json` says."
-    record = read_json(folder/"run.json") or {}
+    record = read_json(folder / "run.json") or {}
     attempts = record.get("attempts", [])
     whole = (
         isinstance(record.get("state", ""), str)
@@ -152,64 +181,86 @@ def read_record(
     )
     return record if whole else {}
 
+
 def read_result(
-    folder: Path, # of a run
-) -> dict | None: # None when the run is not done, or the file is no longer what it was
+    folder: Path,  # of a run
+) -> dict | None:  # None when the run is not done, or the file is no longer what it was
     "What `result.json` says, if it is the JSON object that the record speaks of."
-    record, path = read_record(folder), folder/"result.json"
-    if record.get("state") != "done" or not path.is_file(): return None
-    if digest(path) != record.get("files", {}).get("result.json"): return None
+    record, path = read_record(folder), folder / "result.json"
+    if record.get("state") != "done" or not path.is_file():
+        return None
+    if digest(path) != record.get("files", {}).get("result.json"):
+        return None
     return read_json(path)
 
+
 def damaged(
-    folder: Path, # of a finished run
-) -> list[str]: # relative paths
+    folder: Path,  # of a finished run
+) -> list[str]:  # relative paths
     "Files that are missing or differ from the digest in the record."
     files = read_record(folder).get("files", {})
-    return [name for name, expected in files.items() if not (folder/name).is_file() or digest(folder/name) != expected]
+    return [
+        name
+        for name, expected in files.items()
+        if not (folder / name).is_file() or digest(folder / name) != expected
+    ]
+
 
 def content_digest(
-    folder: Path, # of a finished run
-) -> str: # sha256
+    folder: Path,  # of a finished run
+) -> str:  # sha256
     "Digest of what later runs read from this one: every file except those that hold times and versions."
     files = read_record(folder).get("files")
     if not files:
-        raise StateError(f"`{folder}` holds no finished run (run.json is missing or damaged); "
-                         "run the same command again.")
+        raise StateError(
+            f"`{folder}` holds no finished run (run.json is missing or damaged); "
+            "run the same command again."
+        )
     return text_digest({k: v for k, v in files.items() if k not in _VOLATILE})
 
 # %% ../../nbs/sweeps/60_runs.ipynb #3502f6db
 @property
 def finished(self: Run) -> bool:
     "Whether the folder holds the undamaged result of this very run."
-    return read_record(self.folder).get("identity") == self.identity and read_result(self.folder) is not None
+    return (
+        read_record(self.folder).get("identity") == self.identity
+        and read_result(self.folder) is not None
+    )
+
 
 Run.finished = finished
 
 # %% ../../nbs/sweeps/60_runs.ipynb #05a765ca
 @contextmanager
 def locked(
-    folder: Path, # to be written by nobody else
-    timeout: float = 0, # seconds to wait for it
-) -> Iterator[int | None]: # the locked file descriptor, for a kernel to inherit; None: somebody else has it
+    folder: Path,  # to be written by nobody else
+    timeout: float = 0,  # seconds to wait for it
+) -> Iterator[
+    int | None
+]:  # the locked file descriptor, for a kernel to inherit; None: somebody else has it
     "Hold the lock of a folder."
     descriptors = []
-    lock = FileLock(folder/".lock", timeout=timeout, on_acquired=descriptors.append)
-    try: lock.acquire()
+    lock = FileLock(folder / ".lock", timeout=timeout, on_acquired=descriptors.append)
+    try:
+        lock.acquire()
     except Timeout:
         yield None
         return
-    try: yield descriptors[0]
+    try:
+        yield descriptors[0]
     finally:
-        (folder/".lock").unlink(missing_ok=True)
+        (folder / ".lock").unlink(missing_ok=True)
         lock.release()
 
 # %% ../../nbs/sweeps/60_runs.ipynb #eebdbfe9
 def is_locked(
-    folder: Path, # of a run
-) -> bool: # whether somebody is at work in it
+    folder: Path,  # of a run
+) -> bool:  # whether somebody is at work in it
     "Try the lock of a folder."
-    if not folder.is_dir(): return False
+    if not folder.is_dir():
+        return False
     try:
-        with locked(folder) as descriptor: return descriptor is None
-    except PermissionError: return True  # somebody else's folder: its record is believed
+        with locked(folder) as descriptor:
+            return descriptor is None
+    except PermissionError:
+        return True  # somebody else's folder: its record is believed

@@ -31,9 +31,27 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 
 from ..errors import InputError, MachineError, StateError, UserError
-from .notebooks import (Template, execute, execute_with, interrupt, make_runs, note_failure, profile_argument,
-                            read_grid, read_template, read_values, write_template)
-from ..rlhf.profiles import Profile, check_device, check_downloads, expected_minutes, get_profile, in_words
+from klrb.sweeps.notebooks import (
+    Template,
+    execute,
+    execute_with,
+    interrupt,
+    make_runs,
+    note_failure,
+    profile_argument,
+    read_grid,
+    read_template,
+    read_values,
+    write_template,
+)
+from klrb.rlhf.profiles import (
+    Profile,
+    check_device,
+    check_downloads,
+    expected_minutes,
+    get_profile,
+    in_words,
+)
 from ..files import text_digest, write_atomic
 from .runs import Run, damaged, is_locked, locked, read_json, read_record, read_result
 
@@ -49,7 +67,9 @@ class Execution:
 
     workers: int | None = None  # notebooks at a time on this machine; None: from cores and runs
     threads: int | None = None  # torch threads of each; None: its share of the cores
-    scheduler: str | None = None  # address of a Dask scheduler, "tcp://host:8786"; None: this machine
+    scheduler: str | None = (
+        None  # address of a Dask scheduler, "tcp://host:8786"; None: this machine
+    )
     timeout: float | None = None  # seconds for one run; None: no limit
     retries: int = 1  # further attempts of a run that failed, each in a fresh kernel
 
@@ -58,116 +78,185 @@ class Execution:
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"`{name}` is {value}; give at least {least}.")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
-            raise InputError(f"`timeout` is {self.timeout}; give a number of seconds above 0, or leave it out.")
+            raise InputError(
+                f"`timeout` is {self.timeout}; give a number of seconds above 0, or leave it out."
+            )
         if self.scheduler is not None and self.workers is not None:
-            raise InputError("`scheduler` and `workers` are both given; the workers of a scheduler are its own.")
+            raise InputError(
+                "`scheduler` and `workers` are both given; the workers of a scheduler are its own."
+            )
+
 
 def share_cores(
-    execution: Execution, # what was asked for
-    runs: int, # how many there are
-    cores: int, # of this machine
-) -> tuple[int, int]: # workers, and torch threads of each
+    execution: Execution,  # what was asked for
+    runs: int,  # how many there are
+    cores: int,  # of this machine
+) -> tuple[int, int]:  # workers, and torch threads of each
     "Divide the cores. Raises `ValueError` when more than there are would be used."
     if (execution.workers or 1) * (execution.threads or 1) > cores:
-        raise InputError(f"{execution.workers or 1} `workers` with {execution.threads or 1} `threads` each need more than the {cores} "
-                         "cores here; lower one of them, or leave one out.")
+        raise InputError(
+            f"{execution.workers or 1} `workers` with {execution.threads or 1} `threads` each need more than the {cores} "
+            "cores here; lower one of them, or leave one out."
+        )
     workers = execution.workers or max(1, min(runs, cores // (execution.threads or 1)))
     return workers, execution.threads or max(1, cores // workers)
 
 # %% ../../nbs/sweeps/62_study.ipynb #cca982a8
 @contextmanager
 def connect(
-    execution: Execution, # local, or the address of a scheduler
-    runs: int, # how many there are to do
-) -> Iterator[tuple["distributed.Client", int | None]]: # a client, and torch threads per kernel (None: as its worker's environment says)
+    execution: Execution,  # local, or the address of a scheduler
+    runs: int,  # how many there are to do
+) -> Iterator[
+    tuple["distributed.Client", int | None]
+]:  # a client, and torch threads per kernel (None: as its worker's environment says)
     "Dask workers, of this machine or of a running scheduler. Raises `OSError` when there is no scheduler at the address."
     import dask
     from dask.system import CPU_COUNT
     from distributed import Client
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # a lost worker is expected; its run is rescheduled
+
+    logging.getLogger("distributed").setLevel(
+        logging.CRITICAL
+    )  # a lost worker is expected; its run is rescheduled
     if execution.scheduler:
-        try: client = Client(execution.scheduler, timeout=_CONNECT, set_as_default=False)
+        try:
+            client = Client(execution.scheduler, timeout=_CONNECT, set_as_default=False)
         except (OSError, ValueError) as error:
-            raise MachineError(f"`scheduler` is {execution.scheduler!r}, and nothing answers there ({type(error).__name__}); "
-                          "start one with `dask scheduler`, or leave it out.") from None
-        with client: yield client, execution.threads
+            raise MachineError(
+                f"`scheduler` is {execution.scheduler!r}, and nothing answers there ({type(error).__name__}); "
+                "start one with `dask scheduler`, or leave it out."
+            ) from None
+        with client:
+            yield client, execution.threads
         return
     workers, threads = share_cores(execution, runs, CPU_COUNT)
-    settings = {"distributed.scheduler.allowed-failures": 10, "distributed.scheduler.worker-saturation": 1.0}
+    settings = {
+        "distributed.scheduler.allowed-failures": 10,
+        "distributed.scheduler.worker-saturation": 1.0,
+    }
     resource_tracker.ensure_running()  # or it starts with the first worker, and unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with dask.config.set(settings), _local_workers(workers) as local, Client(local, set_as_default=False) as client:
+        with (
+            dask.config.set(settings),
+            _local_workers(workers) as local,
+            Client(local, set_as_default=False) as client,
+        ):
             client.register_plugin(_ignore_interrupt())
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             yield client, threads
-    finally: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
 
 _CONNECT = 5  # seconds for a scheduler to answer
 
 # %% ../../nbs/sweeps/62_study.ipynb #85b26c79
 def _local_workers(workers: int):
     from distributed import LocalCluster
+
     for _ in range(3):
-        try: return LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address="127.0.0.1:0",
-                                 silence_logs=logging.CRITICAL)
-        except RuntimeError: pass  # those killed later Dask replaces itself
-    raise StateError("the workers do not start; in a script, call `sweep` below `if __name__ == \"__main__\":`.")
+        try:
+            return LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                memory_limit=0,
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError:
+            pass  # those killed later Dask replaces itself
+    raise StateError(
+        'the workers do not start; in a script, call `sweep` below `if __name__ == "__main__":`.'
+    )
+
 
 def _ignore_interrupt():
     from distributed import WorkerPlugin
+
     class IgnoreInterrupt(WorkerPlugin):
         def setup(self, worker):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # or kernels would inherit the block
+            signal.pthread_sigmask(
+                signal.SIG_UNBLOCK, {signal.SIGINT}
+            )  # or kernels would inherit the block
+
     return IgnoreInterrupt()
 
 # %% ../../nbs/sweeps/62_study.ipynb #95bdf10c
 def check_workers(
-    execution: Execution, # to be used
+    execution: Execution,  # to be used
 ) -> None:
     "Raise what `connect` would: `ValueError` for too many workers, `OSError` for a scheduler that does not answer."
     from dask.system import CPU_COUNT
-    if not execution.scheduler: share_cores(execution, 1, CPU_COUNT)
+
+    if not execution.scheduler:
+        share_cores(execution, 1, CPU_COUNT)
     else:
-        with connect(execution, 1): pass
+        with connect(execution, 1):
+            pass
 
 # %% ../../nbs/sweeps/62_study.ipynb #f50681bd
 def known_costs(
-    runs: list[Run], # of one sweep
-) -> dict[str, float]: # seconds by `Run.key`; empty when nothing has finished
+    runs: list[Run],  # of one sweep
+) -> dict[str, float]:  # seconds by `Run.key`; empty when nothing has finished
     "Expected duration: the mean over finished runs that differ in the seed only, else over all finished runs of the notebook."
-    setting = lambda run: (run.notebook, text_digest({k: v for k, v in run.parameters.items() if k != "seed"}))
+    setting = lambda run: (
+        run.notebook,
+        text_digest({k: v for k, v in run.parameters.items() if k != "seed"}),
+    )
     groups = {}
     for run in runs:
         record = read_record(run.folder)
-        if record.get("state") != "done": continue
+        if record.get("state") != "done":
+            continue
         seconds = sum(o["seconds"] for o in record["attempts"])
-        for group in (setting(run), run.notebook): groups.setdefault(group, []).append(seconds)
+        for group in (setting(run), run.notebook):
+            groups.setdefault(group, []).append(seconds)
     mean = lambda group: sum(groups[group]) / len(groups[group])
-    return {run.key: mean(setting(run) if setting(run) in groups else run.notebook) for run in runs if run.notebook in groups}
+    return {
+        run.key: mean(setting(run) if setting(run) in groups else run.notebook)
+        for run in runs
+        if run.notebook in groups
+    }
 
 # %% ../../nbs/sweeps/62_study.ipynb #5a03d51e
 class _Queue:
     def __init__(self, client, runs, costs, threads, timeout, slots):
-        self.client, self.threads, self.timeout, self.slots, self.waiting = client, threads, timeout, slots, {}
+        self.client, self.threads, self.timeout, self.slots, self.waiting = (
+            client,
+            threads,
+            timeout,
+            slots,
+            {},
+        )
         ordered = sorted(runs, key=lambda run: -costs.get(run.key, 0))
         self.rank = {run.key: i for i, run in enumerate(ordered)}
         from distributed import as_completed
+
         self.ready = as_completed(loop=client.loop)
         self.backlog = [(run, 0, False) for run in ordered]
 
     def fill(self):
-        while self.backlog and len(self.waiting) < self.slots: self.submit(*self.backlog.pop(0))
+        while self.backlog and len(self.waiting) < self.slots:
+            self.submit(*self.backlog.pop(0))
 
     def submit(self, run, attempt, last):
-        future = self.client.submit(execute, run, self.threads, self.timeout, pure=False, key=f"{run.key}-{uuid.uuid4().hex[:8]}",
-                                    priority=-self.rank[run.key] - last * len(self.rank))
+        future = self.client.submit(
+            execute,
+            run,
+            self.threads,
+            self.timeout,
+            pure=False,
+            key=f"{run.key}-{uuid.uuid4().hex[:8]}",
+            priority=-self.rank[run.key] - last * len(self.rank),
+        )
         self.waiting[future] = run, attempt
         self.ready.add(future)
 
     def ended(self) -> Iterator[tuple[Run, int, dict]]:
-        for future in self.ready.next_batch(block=False): yield *(o := self.waiting.pop(future)), _outcome(future, o[0])
+        for future in self.ready.next_batch(block=False):
+            yield *(o := self.waiting.pop(future)), _outcome(future, o[0])
 
     def interrupt(self):
         at_work = {key for keys in self.client.processing().values() for key in keys}
@@ -175,37 +264,55 @@ class _Queue:
         self.client.cancel(list(self.waiting))  # those that have not begun
         until = time.monotonic() + 15  # for the kernels to write what they have
         while time.monotonic() < until and any(is_locked(run.folder) for run in runs):
-            self.client.run(interrupt, [run.key for run in runs])  # again: a kernel that is starting ignores it
+            self.client.run(
+                interrupt, [run.key for run in runs]
+            )  # again: a kernel that is starting ignores it
             time.sleep(0.5)
+
 
 def _outcome(future, run: Run) -> dict:
     from distributed import KilledWorker
+
     if future.status == "cancelled":
-        raise MachineError("the Dask scheduler was lost; finished runs are kept: run the same command again.")
-    try: return future.result()
-    except KilledWorker: reason = "its workers were killed, again and again"
-    except Exception as error: reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    found = dict(state="failed", reason=reason, seconds=0.)
+        raise MachineError(
+            "the Dask scheduler was lost; finished runs are kept: run the same command again."
+        )
+    try:
+        return future.result()
+    except KilledWorker:
+        reason = "its workers were killed, again and again"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    found = dict(state="failed", reason=reason, seconds=0.0)
     note_failure(run, found)
     return found
 
 # %% ../../nbs/sweeps/62_study.ipynb #d58074df
 def run_all(
-    runs: list[Run], # unfinished ones
-    execution: Execution, # where, and how often
-    costs: dict[str, float] | None = None, # from `known_costs`
-) -> dict[str, dict]: # outcome of `execute` by `Run.key`
+    runs: list[Run],  # unfinished ones
+    execution: Execution,  # where, and how often
+    costs: dict[str, float] | None = None,  # from `known_costs`
+) -> dict[str, dict]:  # outcome of `execute` by `Run.key`
     "Execute runs until each is done or has failed for good. On Ctrl-C interrupts their kernels, then raises `KeyboardInterrupt`."
-    if not runs: return {}
+    if not runs:
+        return {}
     costs, outcomes = costs or {}, {}
-    with connect(execution, len(runs)) as (client, threads), _Progress(runs, costs, client, execution, threads) as progress:
-        slots = len(runs) if execution.scheduler else len(client.scheduler_info(n_workers=-1)["workers"])
+    with (
+        connect(execution, len(runs)) as (client, threads),
+        _Progress(runs, costs, client, execution, threads) as progress,
+    ):
+        slots = (
+            len(runs)
+            if execution.scheduler
+            else len(client.scheduler_info(n_workers=-1)["workers"])
+        )
         queue = _Queue(client, runs, costs, threads, execution.timeout, slots)
         try:
             while queue.backlog or queue.waiting:
                 queue.fill()
                 for run, attempt, found in queue.ended():
-                    if found["state"] == "busy": queue.backlog.append((run, attempt, True))
+                    if found["state"] == "busy":
+                        queue.backlog.append((run, attempt, True))
                     elif found["state"] == "failed" and attempt < execution.retries:
                         progress.say(run, dict(found, state="failed, tried again"))
                         queue.backlog.insert(0, (run, attempt + 1, False))
@@ -221,90 +328,143 @@ def run_all(
 
 # %% ../../nbs/sweeps/62_study.ipynb #406a869d
 def last_update(
-    folder: Path, # of a run
-) -> int | None: # None before the first
+    folder: Path,  # of a run
+) -> int | None:  # None before the first
     "The update that a run has reached, from the end of `metrics.csv`."
     try:
-        with (folder/"metrics.csv").open("rb") as file:
+        with (folder / "metrics.csv").open("rb") as file:
             header = file.readline().decode().strip().split(",")
             file.seek(max(file.seek(0, 2) - 400, 0))
             lines = file.read().decode(errors="replace").splitlines()
         return int(lines[-1].split(",")[header.index("step")])
-    except (OSError, ValueError, IndexError): return None
+    except (OSError, ValueError, IndexError):
+        return None
 
 # %% ../../nbs/sweeps/62_study.ipynb #2936f4d6
 class _Progress:
     def __init__(self, runs, costs, client, execution, threads):
         terminal = sys.stdout.isatty() and os.isatty(1)  # a notebook says yes to the first only
-        self.console, self.costs, self.client = Console(highlight=False, force_jupyter=False, force_terminal=terminal), costs, client
-        self.total, self.done, self.began, self.shown = len(runs), 0, time.monotonic(), 0.
+        self.console, self.costs, self.client = (
+            Console(highlight=False, force_jupyter=False, force_terminal=terminal),
+            costs,
+            client,
+        )
+        self.total, self.done, self.began, self.shown = len(runs), 0, time.monotonic(), 0.0
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         where = f"{workers} worker{'s' * (workers != 1)} {f'of {execution.scheduler}' if execution.scheduler else 'here'}"
-        each = "torch threads as the environment says" if threads is None else f"{threads} torch thread{'s' * (threads > 1)} each"
+        each = (
+            "torch threads as the environment says"
+            if threads is None
+            else f"{threads} torch thread{'s' * (threads > 1)} each"
+        )
         self.console.print(f"{self.total} run{'s' * (self.total > 1)} on {where}, {each}")
-        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.live = (
+            Live(console=self.console, auto_refresh=False, transient=True)
+            if self.console.is_terminal
+            else None
+        )
 
     def __enter__(self):
-        if self.live: self.live.start()
+        if self.live:
+            self.live.start()
         return self
 
     def __exit__(self, *error):
-        if self.live: self.live.stop()
+        if self.live:
+            self.live.stop()
 
     def say(self, run, found, done=False):
         self.done += done
         reason = f", {found['reason']}" if found["reason"] else ""
-        self.console.print(f"[{self.done}/{self.total}] {run.name}: {found['state']}{reason}, {found['seconds']:.0f} s", markup=False,
-                           soft_wrap=True)
+        self.console.print(
+            f"[{self.done}/{self.total}] {run.name}: {found['state']}{reason}, {found['seconds']:.0f} s",
+            markup=False,
+            soft_wrap=True,
+        )
 
     def refresh(self, waiting):
-        if not self.live or time.monotonic() < self.shown + 1: return
+        if not self.live or time.monotonic() < self.shown + 1:
+            return
         self.shown = time.monotonic()
-        at_work = [next((waiting[key] for key in keys if key in waiting), None) for keys in self.client.processing().values()]
-        lines = [f"  worker {i}: " + (f"{run.name}, update {last_update(run.folder) or 0}" if run else "idle") for i, run in enumerate(at_work)]
+        at_work = [
+            next((waiting[key] for key in keys if key in waiting), None)
+            for keys in self.client.processing().values()
+        ]
+        lines = [
+            f"  worker {i}: "
+            + (f"{run.name}, update {last_update(run.folder) or 0}" if run else "idle")
+            for i, run in enumerate(at_work)
+        ]
         left = self.total - self.done
-        pace = sum(self.costs.get(run.key, 0) for run in waiting.values()) / max(1, len(at_work)) if self.costs else \
-            (self.shown - self.began) * left / self.done if self.done else None
+        pace = (
+            sum(self.costs.get(run.key, 0) for run in waiting.values()) / max(1, len(at_work))
+            if self.costs
+            else (self.shown - self.began) * left / self.done
+            if self.done
+            else None
+        )
         expected = "" if pace is None else f", about {timedelta(seconds=round(pace))} left"
         bar = ProgressBar(self.total, self.done, width=60)
-        self.live.update(Group(bar, f"{self.done} of {self.total} runs{expected}", *lines), refresh=True)
+        self.live.update(
+            Group(bar, f"{self.done} of {self.total} runs{expected}", *lines), refresh=True
+        )
 
 # %% ../../nbs/sweeps/62_study.ipynb #a8e3a65f
 def read_plan(
-    out: str | Path, # folder of a sweep
-) -> dict: # request, and runs by key
+    out: str | Path,  # folder of a sweep
+) -> dict:  # request, and runs by key
     "What was asked of a folder. Raises `ValueError` when it holds no sweep."
-    path = Path(out)/"sweep.json"
+    path = Path(out) / "sweep.json"
     if not path.exists():
-        raise InputError(f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to.")
+        raise InputError(
+            f"`{out}` holds no sweep (no sweep.json); give the folder that `klrb sweep` wrote to."
+        )
     plan = read_json(path) or {}
     request, runs = plan.get("request"), plan.get("runs")
-    whole = isinstance(request, dict) and isinstance(runs, dict) and all(
-        isinstance(o, dict) and isinstance(o.get("parameters"), dict) for o in runs.values())
-    if not whole: raise InputError(f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept.")
+    whole = (
+        isinstance(request, dict)
+        and isinstance(runs, dict)
+        and all(
+            isinstance(o, dict) and isinstance(o.get("parameters"), dict) for o in runs.values()
+        )
+    )
+    if not whole:
+        raise InputError(
+            f"`{path}` is damaged; delete it and run `klrb sweep` again, finished runs are kept."
+        )
     return plan
 
-def _request(plan: dict, out: str | Path) -> dict: # of a sweep that can be repeated
+
+def _request(plan: dict, out: str | Path) -> dict:  # of a sweep that can be repeated
     wanted = {"notebook", "profile", "grid", "seeds", "cache", "prepared"}
     if missing := sorted(wanted - set(plan["request"])):
-        raise InputError(f"`{Path(out)/'sweep.json'}` does not say `{missing[0]}`; "
-                         "run `klrb sweep` again, finished runs are kept.")
+        raise InputError(
+            f"`{Path(out) / 'sweep.json'}` does not say `{missing[0]}`; "
+            "run `klrb sweep` again, finished runs are kept."
+        )
     return plan["request"]
+
 
 def _write_plan(out: Path, request: dict, runs: list[Run]) -> None:
     with locked(out, timeout=60) as descriptor:
-        if descriptor is None: raise MachineError(f"`{out}` has been locked for a minute; is another sweep hanging?")
-        known = read_plan(out)["runs"] if (out/"sweep.json").is_file() else {}
+        if descriptor is None:
+            raise MachineError(f"`{out}` has been locked for a minute; is another sweep hanging?")
+        known = read_plan(out)["runs"] if (out / "sweep.json").is_file() else {}
         new = {run.key: dict(identity=run.identity, parameters=run.parameters) for run in runs}
-        cell = lambda key, entry: (key.partition("/")[0], json.dumps(entry["parameters"], sort_keys=True))
+        cell = lambda key, entry: (
+            key.partition("/")[0],
+            json.dumps(entry["parameters"], sort_keys=True),
+        )
         cells = {cell(*item) for item in new.items()}
         kept = {key: entry for key, entry in known.items() if cell(key, entry) not in cells}
-        write_atomic(out/"sweep.json", json.dumps(dict(request=request, runs=kept | new), indent=1))
+        write_atomic(
+            out / "sweep.json", json.dumps(dict(request=request, runs=kept | new), indent=1)
+        )
 
 # %% ../../nbs/sweeps/62_study.ipynb #ae2514b6
 def status(
-    out: str | Path, # folder of a sweep
-) -> list[dict]: # per run: key, state, update, seconds, reason, parameters
+    out: str | Path,  # folder of a sweep
+) -> list[dict]:  # per run: key, state, update, seconds, reason, parameters
     """What has become of every run that was asked for.
 
     States are "done", "running", "failed", "interrupted" (goes on from its checkpoint) and "pending". Raises `ValueError`
@@ -312,34 +472,47 @@ def status(
     """
     rows = []
     for key, entry in read_plan(out)["runs"].items():
-        folder = Path(out)/key
+        folder = Path(out) / key
         record = read_record(folder)
         state = record.get("state", "pending")
-        if state == "running" and not is_locked(folder): state = "interrupted"
+        if state == "running" and not is_locked(folder):
+            state = "interrupted"
         attempts = record.get("attempts", [])
         reason = attempts[-1].get("reason", "") if attempts and state == "failed" else ""
         if state == "done" and record.get("files") and read_result(folder) is None:
             state, reason = "failed", "result.json is missing or damaged"
-        rows.append(dict(key=key, state=state, update=last_update(folder), seconds=sum(o["seconds"] for o in attempts),
-                         reason=reason, parameters=entry["parameters"]))
+        rows.append(
+            dict(
+                key=key,
+                state=state,
+                update=last_update(folder),
+                seconds=sum(o["seconds"] for o in attempts),
+                reason=reason,
+                parameters=entry["parameters"],
+            )
+        )
     return rows
 
 # %% ../../nbs/sweeps/62_study.ipynb #015a4080
 def prepare(
-    profile: Profile, # whose preparation
-    notebook: Path, # prepare.ipynb
-    cache: Path, # folder of preparations
-    execution: Execution, # where to execute
-) -> Path: # folder of the finished preparation
+    profile: Profile,  # whose preparation
+    notebook: Path,  # prepare.ipynb
+    cache: Path,  # folder of preparations
+    execution: Execution,  # where to execute
+) -> Path:  # folder of the finished preparation
     "The preparation of a profile, from the cache or made now. Raises `SweepFailed` when making it fails."
     template = read_template(notebook)
     (run,) = make_runs(template, [{}], cache, profile)
     if names := damaged(run.folder):
-        print(f"the prepared files of {profile.name!r} are damaged ({', '.join(names[:3])}): made again", flush=True)
+        print(
+            f"the prepared files of {profile.name!r} are damaged ({', '.join(names[:3])}): made again",
+            flush=True,
+        )
         with locked(run.folder, timeout=60) as descriptor:
             if descriptor is not None and damaged(run.folder):  # else another sweep has seen it too
                 for path in run.folder.iterdir():
-                    if path.name != ".lock": shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    if path.name != ".lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not run.finished:
         write_template(template, [run], profile)
         print(f"preparing {profile.name!r}", flush=True)
@@ -350,260 +523,443 @@ def prepare(
 class SweepFailed(UserError):
     """Some notebooks failed for good; the message is the summary."""
 
+
 def _raise_for_failures(outcomes: dict[str, dict], total: int) -> None:
     failed = {key: found for key, found in outcomes.items() if found["state"] != "done"}
     if failed:
-        lines = [f"  {key}: {found['state']}{', ' if found['reason'] else ''}{found['reason']}" for key, found in failed.items()]
-        raise SweepFailed(f"{len(failed)} of {total} runs failed; the others are finished.\n" + "\n".join(lines[:20])
-                          + f"\n  … and {len(lines) - 20} more" * (len(lines) > 20))
+        lines = [
+            f"  {key}: {found['state']}{', ' if found['reason'] else ''}{found['reason']}"
+            for key, found in failed.items()
+        ]
+        raise SweepFailed(
+            f"{len(failed)} of {total} runs failed; the others are finished.\n"
+            + "\n".join(lines[:20])
+            + f"\n  … and {len(lines) - 20} more" * (len(lines) > 20)
+        )
 
 # %% ../../nbs/sweeps/62_study.ipynb #66c6179c
 def sweep(
-    notebook: str | Path, # experiment with a cell tagged `parameters`
-    profile: str | None = None, # name in `klrb.rlhf.profiles`, or a .toml file; None: the notebook's default, if it has one
-    grid: dict[str, list] | None = None, # values by parameter
-    seeds: int | None = None, # repeats of the grid
-    out: str | Path = "outputs/runs/sweep", # folder of the sweep, seen by all workers
-    execution: Execution = Execution(), # where, and how often
-    cache: str | Path | None = None, # folder of preparations, seen by all workers; None: `out`/cache
-    only: list[dict] | None = None, # parameters of runs to restrict the sweep to; None: all
-    dry_run: bool = False, # only print what would be done
-) -> Counter: # number of runs by state
+    notebook: str | Path,  # experiment with a cell tagged `parameters`
+    profile: str
+    | None = None,  # name in `klrb.rlhf.profiles`, or a .toml file; None: the notebook's default, if it has one
+    grid: dict[str, list] | None = None,  # values by parameter
+    seeds: int | None = None,  # repeats of the grid
+    out: str | Path = "outputs/runs/sweep",  # folder of the sweep, seen by all workers
+    execution: Execution = Execution(),  # where, and how often
+    cache: str
+    | Path
+    | None = None,  # folder of preparations, seen by all workers; None: `out`/cache
+    only: list[dict] | None = None,  # parameters of runs to restrict the sweep to; None: all
+    dry_run: bool = False,  # only print what would be done
+) -> Counter:  # number of runs by state
     """Run what is unfinished of a grid. Raises `ValueError` or `OSError` for bad input, `SweepFailed` when runs failed."""
     template = read_template(notebook)
     cells = read_grid(template, grid or {}, seeds)
-    if profile is None and "profile" in template.known: profile = _default_profile(template)
+    if profile is None and "profile" in template.known:
+        profile = _default_profile(template)
     profile = None if profile is None else get_profile(profile)
-    request = dict(notebook=str(Path(notebook).resolve()), grid=read_values(template, grid or {}),
-                   seeds=seeds, cache=cache and str(Path(cache).resolve()),
-                   **_profile_request(profile, Path(out)))
+    request = dict(
+        notebook=str(Path(notebook).resolve()),
+        grid=read_values(template, grid or {}),
+        seeds=seeds,
+        cache=cache and str(Path(cache).resolve()),
+        **_profile_request(profile, Path(out)),
+    )
     execution = _for_device(execution, profile)
-    if profile is not None and "profile" in template.known and not dry_run: check_machine(profile, execution)
-    preparing = Path(notebook).with_name("prepare.ipynb") if "prepare_dir" in template.known else None
+    if profile is not None and "profile" in template.known and not dry_run:
+        check_machine(profile, execution)
+    preparing = (
+        Path(notebook).with_name("prepare.ipynb") if "prepare_dir" in template.known else None
+    )
     with _folder(out, dry_run) as out:
         check_workers(execution)
-        prepared = _prepared(profile, preparing, Path(cache or out/"cache"), execution, dry_run)
+        prepared = _prepared(profile, preparing, Path(cache or out / "cache"), execution, dry_run)
         runs = make_runs(template, cells, out, profile, prepared)
-        if only is not None: runs = [run for run in runs if _as_json(run.parameters) in only]
-        if not runs: raise InputError(f"`{template.path.name}` has other parameters than at the last sweep; run `klrb sweep` again.")
-        if dry_run: return _describe(runs, execution)
+        if only is not None:
+            runs = [run for run in runs if _as_json(run.parameters) in only]
+        if not runs:
+            raise InputError(
+                f"`{template.path.name}` has other parameters than at the last sweep; run `klrb sweep` again."
+            )
+        if dry_run:
+            return _describe(runs, execution)
         write_template(template, runs, profile)
         _write_plan(out, dict(request, prepared=prepared and os.path.relpath(prepared, out)), runs)
     return _finish(runs, execution)
 
+
 def _finish(runs: list[Run], execution: Execution) -> Counter:
     todo = [run for run in runs if not run.finished]
-    if len(todo) < len(runs): print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already", flush=True)
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already", flush=True)
     outcomes = run_all(todo, execution, known_costs(runs))
     _raise_for_failures(outcomes, len(runs))
     return Counter(done=len(runs))
 
+
 def _default_profile(template: Template) -> str:
     default = template.known["profile"].default
-    if isinstance(default, str): return default
-    raise InputError(f"the parameter `profile` of `{template.path.name}` has no text as its default; give `profile`.")
+    if isinstance(default, str):
+        return default
+    raise InputError(
+        f"the parameter `profile` of `{template.path.name}` has no text as its default; give `profile`."
+    )
 
-def _as_json(value): return json.loads(json.dumps(value))
+
+def _as_json(value):
+    return json.loads(json.dumps(value))
 
 # %% ../../nbs/sweeps/62_study.ipynb #8cde2742
 def check_machine(
-    profile: Profile, # to be run
-    execution: Execution, # the workers of a scheduler have devices of their own
+    profile: Profile,  # to be run
+    execution: Execution,  # the workers of a scheduler have devices of their own
 ) -> None:
     "Raise `ValueError` without the profile's device, or when the Hub does not give what it reads."
-    if not execution.scheduler: check_device(profile)
+    if not execution.scheduler:
+        check_device(profile)
     check_downloads(profile)
 
+
 def _for_device(execution: Execution, profile: Profile | None) -> Execution:
-    alone = profile is not None and profile.device == "cuda" and execution.workers is None and execution.scheduler is None
+    alone = (
+        profile is not None
+        and profile.device == "cuda"
+        and execution.workers is None
+        and execution.scheduler is None
+    )
     return replace(execution, workers=1) if alone else execution
 
-def _profile_request(profile: Profile | None, out: Path) -> dict: # what `retry` and `report` need to find it again
-    if profile is None: return dict(profile=None, profile_file=None)
-    given = profile_argument(profile, out)
-    return dict(profile=profile.name, profile_file=None if given == profile.name else os.path.relpath(given, out.resolve()))
 
-def _requested_profile(request: dict, out: Path) -> str | None: # a preset's name, or the file in the folder
-    return str((out/request["profile_file"]).resolve()) if request.get("profile_file") else request["profile"]
+def _profile_request(
+    profile: Profile | None, out: Path
+) -> dict:  # what `retry` and `report` need to find it again
+    if profile is None:
+        return dict(profile=None, profile_file=None)
+    given = profile_argument(profile, out)
+    return dict(
+        profile=profile.name,
+        profile_file=None if given == profile.name else os.path.relpath(given, out.resolve()),
+    )
+
+
+def _requested_profile(
+    request: dict, out: Path
+) -> str | None:  # a preset's name, or the file in the folder
+    return (
+        str((out / request["profile_file"]).resolve())
+        if request.get("profile_file")
+        else request["profile"]
+    )
 
 # %% ../../nbs/sweeps/62_study.ipynb #0711ebc6
 @contextmanager
 def _folder(out: str | Path, dry_run: bool) -> Iterator[Path]:
     if re.match(r"[a-z0-9+]{2,}:/", str(out)):
-        raise InputError(f"`out` is {str(out)!r}; give a folder that all workers see: locks need a file system.")
+        raise InputError(
+            f"`out` is {str(out)!r}; give a folder that all workers see: locks need a file system."
+        )
     out = Path(out).resolve()
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        if not dry_run: _check_writable(out)
+        if not dry_run:
+            _check_writable(out)
         yield out
     except (OSError, ValueError):
         for path in made:
-            try: path.rmdir()  # if empty: what is there was worth keeping
-            except OSError: break
+            try:
+                path.rmdir()  # if empty: what is there was worth keeping
+            except OSError:
+                break
         raise
+
 
 def _check_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file: file.write(bytes(2**16))  # more than a run's first files
-    except OSError as error: raise MachineError(f"`out` is {str(out)!r}, which cannot be written: {error.strerror}.") from None
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(bytes(2**16))  # more than a run's first files
+    except OSError as error:
+        raise MachineError(
+            f"`out` is {str(out)!r}, which cannot be written: {error.strerror}."
+        ) from None
 
 # %% ../../nbs/sweeps/62_study.ipynb #06bd3a96
-def _prepared(profile: Profile | None, notebook: Path | None, cache: Path, execution: Execution, dry_run: bool) -> Path | None:
-    if notebook is None: return None
+def _prepared(
+    profile: Profile | None, notebook: Path | None, cache: Path, execution: Execution, dry_run: bool
+) -> Path | None:
+    if notebook is None:
+        return None
     if dry_run:
         (run,) = make_runs(read_template(notebook), [{}], cache, profile)
         return run.folder if run.finished else None
     return prepare(profile, notebook, cache, execution)
 
+
 def _describe(runs: list[Run], execution: Execution) -> Counter:
     from dask.system import CPU_COUNT
+
     todo, costs = [run for run in runs if not run.finished], known_costs(runs)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished" + (":" if todo else ""))
-    for run in todo[:20]: print(f"  {run.name}" + (f", about {costs[run.key]:.0f} s" if run.key in costs else ""))
-    if len(todo) > 20: print(f"  … and {len(todo) - 20} more")
+    for run in todo[:20]:
+        print(f"  {run.name}" + (f", about {costs[run.key]:.0f} s" if run.key in costs else ""))
+    if len(todo) > 20:
+        print(f"  … and {len(todo) - 20} more")
     if todo and costs:
         workers = None if execution.scheduler else share_cores(execution, len(todo), CPU_COUNT)[0]
         total = sum(costs[run.key] for run in todo)
-        on_them = f", {timedelta(seconds=round(total/workers))} on {workers} workers" if workers else ""
+        on_them = (
+            f", {timedelta(seconds=round(total / workers))} on {workers} workers" if workers else ""
+        )
         print(f"about {timedelta(seconds=round(total))} of work{on_them}")
-    elif todo: print("no run has finished yet: the cost is not known")
+    elif todo:
+        print("no run has finished yet: the cost is not known")
     return Counter(done=len(runs) - len(todo), pending=len(todo))
 
 # %% ../../nbs/sweeps/62_study.ipynb #0188d00f
 def retry(
-    out: str | Path, # folder of a sweep
-    execution: Execution = Execution(), # where, and how often
-) -> Counter: # number of runs by state
+    out: str | Path,  # folder of a sweep
+    execution: Execution = Execution(),  # where, and how often
+) -> Counter:  # number of runs by state
     "Run again what failed in the last request. Raises `ValueError` when the folder holds no sweep."
     request = _request(read_plan(out), out)
     notebook = Path(request["notebook"]).stem
-    failed = [row["parameters"] for row in status(out) if row["state"] == "failed" and row["key"].startswith(f"{notebook}/")]
+    failed = [
+        row["parameters"]
+        for row in status(out)
+        if row["state"] == "failed" and row["key"].startswith(f"{notebook}/")
+    ]
     if not failed:
         print("no run has failed")
         return Counter()
-    return sweep(request["notebook"], _requested_profile(request, Path(out)), request["grid"], request["seeds"], out, execution, request["cache"],
-                 only=failed)
+    return sweep(
+        request["notebook"],
+        _requested_profile(request, Path(out)),
+        request["grid"],
+        request["seeds"],
+        out,
+        execution,
+        request["cache"],
+        only=failed,
+    )
 
 # %% ../../nbs/sweeps/62_study.ipynb #24517767
 def report(
-    out: str | Path, # folder of a sweep
-) -> Path: # folder of the report
+    out: str | Path,  # folder of a sweep
+) -> Path:  # folder of the report
     """Tables and figures of the finished runs.
 
     Raises `ValueError` when there are none or the preparation is damaged, `SweepFailed` when a notebook fails.
     """
     request, rows, out = _request(read_plan(out), out), status(out), Path(out).resolve()
     notebook = Path(request["notebook"])
-    mine = lambda row: row["key"].startswith(f"{notebook.stem}/") and row["parameters"].get("profile") == request["profile"]
+    mine = lambda row: (
+        row["key"].startswith(f"{notebook.stem}/")
+        and row["parameters"].get("profile") == request["profile"]
+    )
     rows = [row for row in rows if mine(row)]
     done = [row for row in rows if row["state"] == "done"]
-    if not done: raise InputError(f"`{out}` has no finished run of {notebook.stem}; run `klrb sweep` first.")
-    prepared = request["prepared"] and (out/request["prepared"]).resolve()
+    if not done:
+        raise InputError(f"`{out}` has no finished run of {notebook.stem}; run `klrb sweep` first.")
+    prepared = request["prepared"] and (out / request["prepared"]).resolve()
     if prepared and (names := damaged(prepared)):
-        raise InputError(f"the prepared files are damaged ({', '.join(names[:3])}); `klrb sweep` makes them again.")
-    folder = out/"report"
+        raise InputError(
+            f"the prepared files are damaged ({', '.join(names[:3])}); `klrb sweep` makes them again."
+        )
+    folder = out / "report"
     folder.mkdir(exist_ok=True)
-    _write_table(folder/"sweep.csv", out, rows)
+    _write_table(folder / "sweep.csv", out, rows)
     pareto = notebook.with_name("pareto.ipynb")
-    for start in sorted({row["parameters"].get("start") for row in done} - {None} if pareto.is_file() else ()):
-        _render(pareto, folder, out/notebook.stem, _requested_profile(request, out), prepared, [row for row in rows if row["parameters"]["start"] == start])
-    print(f"{len(done)} of {len(rows)} runs are finished" + ("" if len(done) == len(rows) else ": the report is partial"))
+    for start in sorted(
+        {row["parameters"].get("start") for row in done} - {None} if pareto.is_file() else ()
+    ):
+        _render(
+            pareto,
+            folder,
+            out / notebook.stem,
+            _requested_profile(request, out),
+            prepared,
+            [row for row in rows if row["parameters"]["start"] == start],
+        )
+    print(
+        f"{len(done)} of {len(rows)} runs are finished"
+        + ("" if len(done) == len(rows) else ": the report is partial")
+    )
     return folder
 
 # %% ../../nbs/sweeps/62_study.ipynb #d2deb8b3
 def _write_table(path: Path, out: Path, rows: list[dict]) -> None:
-    results = [read_result(out/row["key"]) or {} for row in rows]
+    results = [read_result(out / row["key"]) or {} for row in rows]
     flat = lambda o: {k: v for k, v in o.items() if not isinstance(v, (dict, list))}
-    table = [row["parameters"] | {k: v for k, v in row.items() if k != "parameters"} | flat(o) for row, o in zip(rows, results)]
+    table = [
+        row["parameters"] | {k: v for k, v in row.items() if k != "parameters"} | flat(o)
+        for row, o in zip(rows, results)
+    ]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in table for name in row)))
         writer.writeheader()
         writer.writerows(table)
 
-def _render(pareto: Path, folder: Path, runs_dir: Path, profile: str, prepared: Path, rows: list[dict]) -> None:
-    selection = folder/"selection.json"
-    write_atomic(selection, json.dumps([row["key"].partition("/")[2] for row in rows if row["state"] == "done"]))
-    parameters = dict(profile=profile, runs_dir=str(runs_dir), prepare_dir=str(prepared), planned=len(rows),
-                      selection=str(selection), start=rows[0]["parameters"]["start"], out_dir=str(folder))
-    with (folder/"log.txt").open("wb") as log:
+
+def _render(
+    pareto: Path, folder: Path, runs_dir: Path, profile: str, prepared: Path, rows: list[dict]
+) -> None:
+    selection = folder / "selection.json"
+    write_atomic(
+        selection,
+        json.dumps([row["key"].partition("/")[2] for row in rows if row["state"] == "done"]),
+    )
+    parameters = dict(
+        profile=profile,
+        runs_dir=str(runs_dir),
+        prepare_dir=str(prepared),
+        planned=len(rows),
+        selection=str(selection),
+        start=rows[0]["parameters"]["start"],
+        out_dir=str(folder),
+    )
+    with (folder / "log.txt").open("wb") as log:
         popen = dict(cwd=str(folder), stdout=log, stderr=log)
-        try: execute_with(pareto, folder/"executed.ipynb", parameters, popen=popen)
-        except pm.PapermillExecutionError as error: raise SweepFailed(f"{pareto.name}: {error.ename}: {error.evalue}") from None
+        try:
+            execute_with(pareto, folder / "executed.ipynb", parameters, popen=popen)
+        except pm.PapermillExecutionError as error:
+            raise SweepFailed(f"{pareto.name}: {error.ename}: {error.evalue}") from None
 
 # %% ../../nbs/sweeps/62_study.ipynb #bc512574
 def estimate_study(
-    profile: Profile, # from `get_profile`, with its grid
-    cells: list[dict], # of the grid, from `read_grid`
-    out: str | Path, # folder of the study
-    workers: int, # runs at a time
-) -> str: # a few lines
+    profile: Profile,  # from `get_profile`, with its grid
+    cells: list[dict],  # of the grid, from `read_grid`
+    out: str | Path,  # folder of the study
+    workers: int,  # runs at a time
+) -> str:  # a few lines
     "How long the rest of a study will take."
-    rows = [row for row in (status(out) if (Path(out)/"sweep.json").is_file() else []) if row["state"] == "done"]
-    asked = lambda row: row["parameters"].get("profile") == profile.name and any(cell.items() <= row["parameters"].items() for cell in cells)
+    rows = [
+        row
+        for row in (status(out) if (Path(out) / "sweep.json").is_file() else [])
+        if row["state"] == "done"
+    ]
+    asked = lambda row: (
+        row["parameters"].get("profile") == profile.name
+        and any(cell.items() <= row["parameters"].items() for cell in cells)
+    )
     done = [row["seconds"] for row in rows if row["key"].startswith("rloo/") and asked(row)]
     stages, runs = expected_minutes(profile, workers)
-    source, left = f"expected on {'one GPU' if profile.device == 'cuda' else 'two CPU cores'}", len(cells) - len(done)
-    if rows: stages = 0 if any(row["key"].startswith("variance/") for row in rows) else stages/2  # there is a preparation
-    if done: runs, source = sum(done)/len(done)/60 * -(-left//workers), f"as the {len(done)} finished ones"
-    lines = [("preparation and variance", stages, f"expected on {'one GPU' if profile.device == 'cuda' else 'two CPU cores'}"),
-             (f"{left} of {len(cells)} runs", runs, f"{profile.updates} updates each, {workers} at a time, {source}"), ("together", stages + runs, "")]
-    return f"study {profile.name!r}, estimated time\n" + "\n".join(f"  {what:26}{in_words(o):14}{why}".rstrip() for what, o, why in lines)
+    source, left = (
+        f"expected on {'one GPU' if profile.device == 'cuda' else 'two CPU cores'}",
+        len(cells) - len(done),
+    )
+    if rows:
+        stages = (
+            0 if any(row["key"].startswith("variance/") for row in rows) else stages / 2
+        )  # there is a preparation
+    if done:
+        runs, source = (
+            sum(done) / len(done) / 60 * -(-left // workers),
+            f"as the {len(done)} finished ones",
+        )
+    lines = [
+        (
+            "preparation and variance",
+            stages,
+            f"expected on {'one GPU' if profile.device == 'cuda' else 'two CPU cores'}",
+        ),
+        (
+            f"{left} of {len(cells)} runs",
+            runs,
+            f"{profile.updates} updates each, {workers} at a time, {source}",
+        ),
+        ("together", stages + runs, ""),
+    ]
+    return f"study {profile.name!r}, estimated time\n" + "\n".join(
+        f"  {what:26}{in_words(o):14}{why}".rstrip() for what, o, why in lines
+    )
 
 # %% ../../nbs/sweeps/62_study.ipynb #dc658147
 def run_study(
-    profile: Profile, # from `get_profile`, with its grid
-    out: str | Path, # folder of the study; finished runs in it are kept
-    notebooks: Path = Path("nbs/experiments"), # folder of the experiment notebooks
-    execution: Execution = Execution(), # where, and how often
-    start: str = "reference", # policy that RLOO starts from: "reference" or "dpo"
-    cache: str | Path | None = None, # folder of preparations; None: `out`/cache
-) -> dict[str, float]: # seconds per stage
+    profile: Profile,  # from `get_profile`, with its grid
+    out: str | Path,  # folder of the study; finished runs in it are kept
+    notebooks: Path = Path("nbs/experiments"),  # folder of the experiment notebooks
+    execution: Execution = Execution(),  # where, and how often
+    start: str = "reference",  # policy that RLOO starts from: "reference" or "dpo"
+    cache: str | Path | None = None,  # folder of preparations; None: `out`/cache
+) -> dict[str, float]:  # seconds per stage
     "Run every unfinished part of a study and render its figures. Raises as `sweep` does."
-    templates = {name: read_template(notebooks/f"{name}.ipynb") for name in ("prepare", "variance", "rloo", "pareto")}
+    templates = {
+        name: read_template(notebooks / f"{name}.ipynb")
+        for name in ("prepare", "variance", "rloo", "pareto")
+    }
     grid = study_grid(profile, start)
     cells = read_grid(templates["rloo"], grid, profile.seeds)
     execution, seconds, began = _for_device(execution, profile), {}, time.perf_counter()
     print(estimate_study(profile, cells, out, _workers(execution, len(cells))), flush=True)
     check_machine(profile, execution)
-    def lap(name): seconds[name] = time.perf_counter() - began - sum(seconds.values())
+
+    def lap(name):
+        seconds[name] = time.perf_counter() - began - sum(seconds.values())
+
     with _folder(out, False) as out:
         check_workers(execution)
-        prepared = prepare(profile, notebooks/"prepare.ipynb", Path(cache or out/"cache"), execution)
+        prepared = prepare(
+            profile, notebooks / "prepare.ipynb", Path(cache or out / "cache"), execution
+        )
         lap("prepare")
         variance = make_runs(templates["variance"], [{}], out, profile, prepared)
         rloo = make_runs(templates["rloo"], cells, out, profile, prepared)
-        request = dict(notebook=str((notebooks/"rloo.ipynb").resolve()), grid=grid, seeds=profile.seeds, prepared=os.path.relpath(prepared, out),
-                       cache=cache and str(Path(cache).resolve()), **_profile_request(profile, out))
-        for name, runs in (("variance", variance), ("rloo", rloo)): write_template(templates[name], runs, profile)
+        request = dict(
+            notebook=str((notebooks / "rloo.ipynb").resolve()),
+            grid=grid,
+            seeds=profile.seeds,
+            prepared=os.path.relpath(prepared, out),
+            cache=cache and str(Path(cache).resolve()),
+            **_profile_request(profile, out),
+        )
+        for name, runs in (("variance", variance), ("rloo", rloo)):
+            write_template(templates[name], runs, profile)
         _write_plan(out, request, variance + rloo)
     _finish(variance + rloo, execution)
     lap("variance and rloo")
     report(out)
     lap("report")
     _write_stages(out, seconds)
-    print(f"figures and tables are in {out/'report'} and {variance[0].folder}", flush=True)
+    print(f"figures and tables are in {out / 'report'} and {variance[0].folder}", flush=True)
     return seconds
 
 # %% ../../nbs/sweeps/62_study.ipynb #cf5d0d49
-def _workers(execution: Execution, runs: int) -> int: # at a time
+def _workers(execution: Execution, runs: int) -> int:  # at a time
     from dask.system import CPU_COUNT
+
     return 1 if execution.scheduler else share_cores(execution, runs, CPU_COUNT)[0]
 
+
 def _write_stages(out: Path, seconds: dict[str, float]) -> None:
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # Linux: kB; the largest single process
-    print("\n".join(f"{name:18}{value:7.0f} s" for name, value in {**seconds, "total": sum(seconds.values())}.items()))
+    peak = (
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    )  # Linux: kB; the largest single process
+    print(
+        "\n".join(
+            f"{name:18}{value:7.0f} s"
+            for name, value in {**seconds, "total": sum(seconds.values())}.items()
+        )
+    )
     print(f"largest process    {peak:7.2f} GB")
-    write_atomic(out/"stages.json", json.dumps(dict(seconds=seconds, peak_gb=peak), indent=1))
+    write_atomic(out / "stages.json", json.dumps(dict(seconds=seconds, peak_gb=peak), indent=1))
 
 # %% ../../nbs/sweeps/62_study.ipynb #9b7e9aab
 def study_grid(
-    profile: Profile, # from `get_profile`
-    start: str = "reference", # policy that RLOO starts from
-) -> dict[str, list]: # for `sweep`
+    profile: Profile,  # from `get_profile`
+    start: str = "reference",  # policy that RLOO starts from
+) -> dict[str, list]:  # for `sweep`
     "The grid of a profile's RLOO runs. Raises `ValueError` for an unknown or biased estimator, or an unknown `start`."
     from klrb.rloo import UNBIASED
+
     if unknown := sorted(set(profile.estimators) - set(UNBIASED)):
-        raise InputError(f"`estimators` has {', '.join(unknown)}; the unbiased methods are {', '.join(UNBIASED)}.")
-    if start not in ("reference", "dpo"): raise InputError(f"`start` is {start!r}; give \"reference\" or \"dpo\".")
-    return dict(beta=list(profile.betas), kl_estimator=list(profile.estimators), start=[start], updates=[profile.updates])
+        raise InputError(
+            f"`estimators` has {', '.join(unknown)}; the unbiased methods are {', '.join(UNBIASED)}."
+        )
+    if start not in ("reference", "dpo"):
+        raise InputError(f'`start` is {start!r}; give "reference" or "dpo".')
+    return dict(
+        beta=list(profile.betas),
+        kl_estimator=list(profile.estimators),
+        start=[start],
+        updates=[profile.updates],
+    )
