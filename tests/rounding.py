@@ -6,6 +6,7 @@ independent, each uniform within u, their sum has a standard deviation of at mos
 exceeded once in 500 million sums. (The model is that of Higham and Mary, A new approach to probabilistic rounding error
 analysis, SIAM J. Sci. Comput. 41, 2019.)
 """
+
 import math
 from typing import NamedTuple
 
@@ -42,7 +43,9 @@ def agree(value, exact, terms: int = 2**12, size: float = 1.0, **kwargs):
     `terms` counts every rounding on the way: the default has room for some hundred terms, each with its exp and log, which
     the small cases of the tests do not exceed.
     """
-    tolerance = 2 * gamma(terms, max(_dtype(value), _dtype(exact), key=unit))  # each of the two may be off
+    tolerance = 2 * gamma(
+        terms, max(_dtype(value), _dtype(exact), key=unit)
+    )  # each of the two may be off
     assert_close(value, exact, rtol=tolerance, atol=tolerance * size, **kwargs)
 
 
@@ -66,11 +69,14 @@ def assert_within(value: Tensor, exact: Tensor, tolerance: Tensor):
     error, tolerance = (value - exact).abs()[finite], tolerance.expand_as(exact)[finite]
     wrong = ~(error <= tolerance)
     worst = (error / tolerance)[wrong].tolist()
-    assert not worst, f"{len(worst)} of {len(error)} elements off by up to {max(worst):.3g} tolerances"
+    assert not worst, (
+        f"{len(worst)} of {len(error)} elements off by up to {max(worst):.3g} tolerances"
+    )
 
 
 class StepKL(NamedTuple):
     "Of each step: the KL, (..., ), and its gradients in both logits, (..., V); or what each may be off by"
+
     kl: Tensor
     policy_grad: Tensor
     ref_grad: Tensor
@@ -84,11 +90,18 @@ def exact_step_kl(policy_logits: Tensor, ref_logits: Tensor) -> StepKL:
     kl = (p * d).sum(-1).masked_fill(p.isnan().any(-1) | q.isnan().any(-1), math.nan)
     no_gradient = ~kl.isfinite()[..., None]
     policy_grad = torch.where(p > 0, p * (d - kl[..., None]), 0.0)
-    return StepKL(kl, policy_grad.masked_fill(no_gradient, 0.0), (q - p).masked_fill(no_gradient, 0.0))
+    return StepKL(
+        kl, policy_grad.masked_fill(no_gradient, 0.0), (q - p).masked_fill(no_gradient, 0.0)
+    )
 
 
-def step_kl_error(policy_logits: Tensor, ref_logits: Tensor, dtype: torch.dtype,
-                  policy_error: Tensor | float = 0.0, ref_error: Tensor | float = 0.0) -> StepKL:
+def step_kl_error(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    dtype: torch.dtype,
+    policy_error: Tensor | float = 0.0,
+    ref_error: Tensor | float = 0.0,
+) -> StepKL:
     """What `step_kl` and the textbook may be off by: eq. 7 of 01_steps with a first-order error at each operation.
 
     `dtype` is the one in which the sums are made; the two `_error` are those of the logits, where they are products.
@@ -97,7 +110,10 @@ def step_kl_error(policy_logits: Tensor, ref_logits: Tensor, dtype: torch.dtype,
     u, terms = unit(dtype), a.shape[-1]
     top_p, top_q = (o.amax(-1, True) for o in (a, b))
     none = (a == -math.inf) | (b == -math.inf)  # p = 0, or the KL is infinite
-    x, x_ref = (a - top_p).masked_fill(a == -math.inf, 0.0), (b - top_q).masked_fill(b == -math.inf, 0.0)
+    x, x_ref = (
+        (a - top_p).masked_fill(a == -math.inf, 0.0),
+        (b - top_q).masked_fill(b == -math.inf, 0.0),
+    )
     apart = (a - b).masked_fill(none, 0.0)
     delta = apart - (top_p - top_q).masked_fill(none, 0.0)
     p, q = (a - top_p).exp(), (b - top_q).exp()
@@ -114,23 +130,38 @@ def step_kl_error(policy_logits: Tensor, ref_logits: Tensor, dtype: torch.dtype,
     zp, zq, m, s = total(p), total(q), -total(p * delta), total(term)
     sums = gamma(terms, dtype)
     of_zp, of_zq = sums + total(p * of_p) / zp, sums + total(q * of_q) / zq
-    of_m = (sums * total((p * delta).abs()) + total((p * delta).abs() * (of_p + u) + p * of_delta)) / zp
+    of_m = (
+        sums * total((p * delta).abs()) + total((p * delta).abs() * (of_p + u) + p * of_delta)
+    ) / zp
     of_s = (sums * s + total(of_term)) / zp
     y, s, m = zq / zp - 1, s / zp, m / zp
     of_y = of_m + of_s + y.abs() * of_zp
     small = y.abs() < 0.5
     of_ratio = torch.where(small, of_y / (1 + y), of_zp + of_zq)
-    of_kl = torch.where(small, of_s + s * of_zp + (y / (1 + y)).abs() * of_y, of_zp * (1 + m.abs()) + of_zq + of_m)
+    of_kl = torch.where(
+        small, of_s + s * of_zp + (y / (1 + y)).abs() * of_y, of_zp * (1 + m.abs()) + of_zq + of_m
+    )
     ratio = (zq / zp).log()
     kl, d, P, Q = (ratio - m).clamp(min=0), delta + ratio, p / zp, q / zq
     of_kl = of_kl + u * kl
-    of_policy = P * ((of_p + of_zp + FUSED * u) * (d - kl).abs() + of_delta + of_ratio + of_kl
-                     + FUSED * u * (delta.abs() + (ratio - kl).abs()))
+    of_policy = P * (
+        (of_p + of_zp + FUSED * u) * (d - kl).abs()
+        + of_delta
+        + of_ratio
+        + of_kl
+        + FUSED * u * (delta.abs() + (ratio - kl).abs())
+    )
     logs = [u * (o + t).abs() for o, t in ((zp.log(), top_p), (zq.log(), top_q))]
-    of_p, of_q, of_d = of_p + of_zp + logs[0], of_q + of_zq + logs[1], of_delta + of_ratio + u * (ratio.abs() + d.abs())
+    of_p, of_q, of_d = (
+        of_p + of_zp + logs[0],
+        of_q + of_zq + logs[1],
+        of_delta + of_ratio + u * (ratio.abs() + d.abs()),
+    )
     by_parts = Q * of_q + P * of_p + u * (Q - P).abs()
     by_series = (Q - P).abs() * (of_p + FUSED * u) + Q * of_d
-    of_ref = torch.where(d.abs() < 0.6, torch.maximum(by_series, by_parts * (d.abs() > 0.4)), by_parts)
+    of_ref = torch.where(
+        d.abs() < 0.6, torch.maximum(by_series, by_parts * (d.abs() > 0.4)), by_parts
+    )
     textbook = gamma(terms) * total((P * (P.log().abs() + Q.log().abs())).nan_to_num(0.0, 0.0))
     least = torch.finfo(dtype).tiny  # below it a float has fewer digits, or is 0
     error = StepKL(of_kl + textbook, of_policy + textbook * (P + Q), of_ref + textbook * (P + Q))

@@ -1,4 +1,5 @@
 """The kernels: against float64 automatic differentiation of the textbook form, eager and compiled, and the figures of their accuracy."""
+
 import math, warnings
 
 import pytest
@@ -13,7 +14,8 @@ from rounding import FUNCTION, agree, assert_within, exact_step_kl, gamma, step_
 INF = math.inf
 
 
-def generator(seed=0): return torch.Generator().manual_seed(seed)
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def textbook(policy_logits, ref_logits):
@@ -25,14 +27,22 @@ def textbook(policy_logits, ref_logits):
 def distant_pair(true_kl, rows=6, vocab_size=49152, seed=0):
     "float32 logits whose KL is near `true_kl`, by scaling the noise between them."
     ref = 2 * torch.randn(rows, vocab_size, generator=generator(seed))
-    noise, scale = torch.randn(rows, vocab_size, generator=generator(seed + 1)), (2 * true_kl)**0.5
-    for _ in range(6): scale *= (true_kl / textbook(ref + scale * noise, ref)[0].mean().item())**0.5
+    noise, scale = (
+        torch.randn(rows, vocab_size, generator=generator(seed + 1)),
+        (2 * true_kl) ** 0.5,
+    )
+    for _ in range(6):
+        scale *= (true_kl / textbook(ref + scale * noise, ref)[0].mean().item()) ** 0.5
     return ref + scale * noise, ref
 
 
 # ---- step_kl ----
 
-@pytest.mark.parametrize("true_kl,limit", [(1e-8, 1e-3), (1e-6, 1e-4), (1e-4, 1e-5), (1e-2, 1e-5), (0.3, 1e-5), (10.0, 1e-5)])
+
+@pytest.mark.parametrize(
+    "true_kl,limit",
+    [(1e-8, 1e-3), (1e-6, 1e-4), (1e-4, 1e-5), (1e-2, 1e-5), (0.3, 1e-5), (10.0, 1e-5)],
+)
 def test_float32_keeps_its_digits(true_kl, limit):
     """The float32 logits are exact: value and both gradients against float64 from the same logits.
 
@@ -48,7 +58,8 @@ def test_float32_keeps_its_digits(true_kl, limit):
     grads = torch.autograd.grad(value.sum(), (a, b))
     for ours, exact in zip(grads, (p * (d - truth[:, None]), p * torch.expm1(-d))):
         assert (ours.double() - exact).norm() / exact.norm() < 1e-5
-    for ours, exact, error in zip((value, *grads), within, errors): assert_within(ours, exact, error)
+    for ours, exact, error in zip((value, *grads), within, errors):
+        assert_within(ours, exact, error)
 
 
 @pytest.mark.parametrize("true_kl,limit", [(1e-6, 1e-3), (1e-2, 1e-5)])
@@ -77,7 +88,8 @@ def test_step_kl_chunks_and_sides(monkeypatch, rows_per_chunk, one_sided):
     agree(value, truth)
     p, q = logp.exp(), logq.exp()
     exact = {id(a): p * (torch.where(p > 0, logp - logq, 0.0) - truth[..., None]), id(b): q - p}
-    for ours, o in zip(torch.autograd.grad((weights * value).sum(), inputs), inputs): agree(ours, weights[..., None] * exact[id(o)])
+    for ours, o in zip(torch.autograd.grad((weights * value).sum(), inputs), inputs):
+        agree(ours, weights[..., None] * exact[id(o)])
 
 
 def test_strides_do_not_matter():
@@ -93,33 +105,48 @@ def test_strides_do_not_matter():
 
 
 def test_a_step_without_a_finite_value_gives_no_gradient():
-    a = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [math.nan, 0.0, 0.0], [0.0, 0.0, 1.0], [-INF] * 3], requires_grad=True)
-    b = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, -INF], [0.0, 0.0, 0.0], [math.nan, 0.0, 0.0], [0.0] * 3], requires_grad=True)
+    a = torch.tensor(
+        [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [math.nan, 0.0, 0.0], [0.0, 0.0, 1.0], [-INF] * 3],
+        requires_grad=True,
+    )
+    b = torch.tensor(
+        [[1.0, 0.0, 0.0], [0.0, 0.0, -INF], [0.0, 0.0, 0.0], [math.nan, 0.0, 0.0], [0.0] * 3],
+        requires_grad=True,
+    )
     value = step_kl(a, b)
     assert value[0].isfinite() and value[1] == INF and value[2:].isnan().all()
     value.sum().backward()
-    for o in (a, b): assert o.grad[0].abs().sum() > 0 and (o.grad[1:] == 0).all()
+    for o in (a, b):
+        assert o.grad[0].abs().sum() > 0 and (o.grad[1:] == 0).all()
 
 
 @pytest.mark.parametrize("function", ["step_kl", "linear_step_kl"])
 def test_second_derivatives_are_refused(function):
     x = torch.randn(1, 2, 5, generator=generator(), dtype=torch.float64, requires_grad=True)
     y, w = x.detach().flip(-1), torch.randn(7, 5, generator=generator(1), dtype=torch.float64)
-    f = {"step_kl": lambda o: step_kl(o, y), "linear_step_kl": lambda o: linear_step_kl(o, w, y, w, torch.zeros(1, 2).long()).step_kl}[function]
+    f = {
+        "step_kl": lambda o: step_kl(o, y),
+        "linear_step_kl": lambda o: linear_step_kl(o, w, y, w, torch.zeros(1, 2).long()).step_kl,
+    }[function]
     assert torch.autograd.gradcheck(f, x)
-    with pytest.raises(RuntimeError, match=f"`{function}` has no second derivative"): torch.autograd.gradgradcheck(f, x)
-    with pytest.raises(RuntimeError, match="no second derivative"):  # also where the rest of a sum has one
+    with pytest.raises(RuntimeError, match=f"`{function}` has no second derivative"):
+        torch.autograd.gradgradcheck(f, x)
+    with pytest.raises(
+        RuntimeError, match="no second derivative"
+    ):  # also where the rest of a sum has one
         torch.autograd.grad((f(x) + (x**3).sum()).sum(), x, create_graph=True)
 
 
 # ---- linear_step_kl ----
+
 
 def case(shape=(2, 3), hidden=(5, 4), vocab_size=13, seed=0, dtype=torch.float64, bias=True):
     "Hidden states, weight and bias of two models, and tokens."
     gen = generator(seed)
     randn = lambda *o: torch.randn(*o, generator=gen, dtype=torch.float64).to(dtype)
     out = []
-    for h in hidden: out += [randn(*shape, h), randn(vocab_size, h), randn(vocab_size) if bias else None]
+    for h in hidden:
+        out += [randn(*shape, h), randn(vocab_size, h), randn(vocab_size) if bias else None]
     return out, torch.randint(vocab_size, shape, generator=gen)
 
 
@@ -129,13 +156,19 @@ def naive(inputs, ids, scales=((1.0, None), (1.0, None)), temperature=1.0, mask=
     for (h, w, c), (scale, cap) in zip((inputs[:3], inputs[3:]), scales):
         z = h.double() @ w.double().T
         z = (z if c is None else z + c.double()) * scale
-        if cap: z = cap * torch.tanh(z / cap)
+        if cap:
+            z = cap * torch.tanh(z / cap)
         logs.append((z / temperature).log_softmax(-1))
     logp, logq = logs
     p, finite = logp.exp(), logp > -INF
     at = lambda o: o.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
     safe = lambda o: torch.where(finite, o, 0.0)
-    out = [(p * (safe(logp) - torch.where(finite, logq, 0.0))).sum(-1), at(logp), at(logq), -(p * safe(logp)).sum(-1)]
+    out = [
+        (p * (safe(logp) - torch.where(finite, logq, 0.0))).sum(-1),
+        at(logp),
+        at(logq),
+        -(p * safe(logp)).sum(-1),
+    ]
     return out if mask is None else [torch.where(mask, o, 0.0) for o in out]
 
 
@@ -156,10 +189,13 @@ def values_and_gradients(function, inputs, ids, **kwargs):
 def same_values_and_gradients(inputs, ids, completion_mask=None, **kwargs):
     "In float64. The logits stay below 20, so every sum is at most some 20 times its result or 1."
     mask = None if completion_mask is None else completion_mask.bool()
-    values, grads, _ = values_and_gradients(ours, inputs, ids, completion_mask=completion_mask, **kwargs)
+    values, grads, _ = values_and_gradients(
+        ours, inputs, ids, completion_mask=completion_mask, **kwargs
+    )
     exact, exact_grads, _ = values_and_gradients(naive, inputs, ids, mask=mask, **kwargs)
     agree(values, exact, size=20)
-    for found, truth in zip(grads, exact_grads): agree(found, truth, size=20 * max(1, truth.abs().max().item()))
+    for found, truth in zip(grads, exact_grads):
+        agree(found, truth, size=20 * max(1, truth.abs().max().item()))
 
 
 def rounding_of_heads(inputs, ids, weights):
@@ -187,13 +223,21 @@ def rounding_of_heads(inputs, ids, weights):
         at = lambda o: o.gather(-1, ids[..., None])[..., 0]
         outputs.append(at(error + rel + u * (z.abs() + logs.abs())))
     surprise = (logp + entropy).abs()
-    outputs.append(((p * surprise * relative[0]).sum(-1, True) + (2 * sums + 4 * u) * (1 + entropy))[..., 0])
+    outputs.append(
+        ((p * surprise * relative[0]).sum(-1, True) + (2 * sums + 4 * u) * (1 + entropy))[..., 0]
+    )
     g_kl, g_p, g_q, g_h = weights[..., None].abs()
     exact = torch.zeros_like(p).scatter_(-1, ids[..., None], 1.0)
     d = logp - logq
-    grads.append(g_kl * p * (d - (p * d).sum(-1, True)).abs() + g_p * (exact - p).abs() + g_h * p * surprise)
+    grads.append(
+        g_kl * p * (d - (p * d).sum(-1, True)).abs() + g_p * (exact - p).abs() + g_h * p * surprise
+    )
     grads.append(g_kl * (q - p).abs() + g_q * (exact - q).abs())
-    grad_errors.append(g_kl * kl_p + g_p * p * relative[0] + g_h * p * (surprise * relative[0] + relative[0] + outputs[3][..., None]))
+    grad_errors.append(
+        g_kl * kl_p
+        + g_p * p * relative[0]
+        + g_h * p * (surprise * relative[0] + relative[0] + outputs[3][..., None])
+    )
     grad_errors.append(g_kl * kl_q + g_q * q * relative[1])
     out = []
     for g, error, (h, w, c) in zip(grads, grad_errors, (inputs[:3], inputs[3:])):
@@ -202,12 +246,17 @@ def rounding_of_heads(inputs, ids, weights):
         out.append(((error + sums * g) @ w.abs()).view(*ids.shape, -1))
         rows = gamma(len(h), torch.float32)
         out.append((error + rows * g).T @ h.abs())
-        if c is not None: out.append((error + rows * g).sum(0))
+        if c is not None:
+            out.append((error + rows * g).sum(0))
     return outputs, out
 
 
-@pytest.mark.parametrize("tile_rows,tile_size", [(1024, 2**20), (4, 12), (1, 1), (2, 26)])  # one tile; tiles that divide 6 and 13 or do not
-@pytest.mark.parametrize("scales", [((1.0, None), (1.0, None)), ((0.3, None), (1.0, 2.0)), ((2.0, 3.0), (0.5, None))])
+@pytest.mark.parametrize(
+    "tile_rows,tile_size", [(1024, 2**20), (4, 12), (1, 1), (2, 26)]
+)  # one tile; tiles that divide 6 and 13 or do not
+@pytest.mark.parametrize(
+    "scales", [((1.0, None), (1.0, None)), ((0.3, None), (1.0, 2.0)), ((2.0, 3.0), (0.5, None))]
+)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("keep_up_to", [0, 2**22])
 def test_grid_against_autograd(monkeypatch, tile_rows, tile_size, scales, temperature, keep_up_to):
@@ -230,7 +279,8 @@ def test_low_precision_inputs_are_summed_in_float32(monkeypatch, dtype, seed):
     _, exact_grads, _ = values_and_gradients(naive, wide, ids)
     errors, grad_errors = rounding_of_heads(inputs, ids, weights)
     assert all(o.dtype == torch.float32 for o in values) and all(o.dtype == dtype for o in grads)
-    for found, truth, error in zip(values, exact, errors): assert_within(found, truth, error)
+    for found, truth, error in zip(values, exact, errors):
+        assert_within(found, truth, error)
     least = torch.finfo(dtype).smallest_normal
     for found, truth, error in zip(grads, exact_grads, grad_errors):
         assert_within(found, truth, error + unit(dtype) * (truth.abs() + error).clamp(min=least))
@@ -241,23 +291,43 @@ def test_excluded_tokens_and_masked_steps(monkeypatch, tile_size, keep_up_to):
     monkeypatch.setattr(fused, "KEEP_UP_TO", keep_up_to)
     monkeypatch.setattr(fused, "TILE_SIZE", tile_size)
     inputs, ids = case()
-    inputs[2][3:6], inputs[5][4:6] = -INF, -INF  # the policy excludes one more token; the first tile of the reference is whole
+    inputs[2][3:6], inputs[5][4:6] = (
+        -INF,
+        -INF,
+    )  # the policy excludes one more token; the first tile of the reference is whole
     inputs[2][0] = -INF
     ids = torch.where(torch.isin(ids, torch.tensor([0, 3, 4, 5])), 7, ids)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     ids = torch.where(mask.bool(), ids, -100)
     same_values_and_gradients(inputs, ids, completion_mask=mask)
-    same_values_and_gradients(inputs, ids, completion_mask=torch.zeros_like(mask))  # all masked: zeros, with a graph
+    same_values_and_gradients(
+        inputs, ids, completion_mask=torch.zeros_like(mask)
+    )  # all masked: zeros, with a graph
     values = ours(inputs, ids, completion_mask=mask)
-    garbage = [o if o is None or o.ndim != 3 else o.detach().masked_fill(mask[..., None] == 0, math.nan).requires_grad_() for o in inputs]
+    garbage = [
+        o
+        if o is None or o.ndim != 3
+        else o.detach().masked_fill(mask[..., None] == 0, math.nan).requires_grad_()
+        for o in inputs
+    ]
     agree(ours(garbage, ids, completion_mask=mask), values)
     sum(o.sum() for o in ours(garbage, ids, completion_mask=mask)).backward()
-    assert all(o.grad.isfinite().all() for o in garbage if o is not None and o.is_leaf and o.grad is not None)
+    assert all(
+        o.grad.isfinite().all()
+        for o in garbage
+        if o is not None and o.is_leaf and o.grad is not None
+    )
     inputs[5].data[7] = -INF  # a token that the policy allows and the reference does not
     infinite = ours(inputs, ids, completion_mask=mask)
-    assert (infinite[0][mask.bool()] == INF).all() and infinite[1].isfinite().all() and infinite[3].isfinite().all()
+    assert (
+        (infinite[0][mask.bool()] == INF).all()
+        and infinite[1].isfinite().all()
+        and infinite[3].isfinite().all()
+    )
     inputs[0].grad = None
-    (infinite[0] + infinite[1]).sum().backward()  # the KL passes nothing on, the log-probability does
+    (
+        infinite[0] + infinite[1]
+    ).sum().backward()  # the KL passes nothing on, the log-probability does
     logprob = naive(inputs, ids, mask=mask.bool())[1]
     agree(inputs[0].grad, torch.autograd.grad(logprob.sum(), inputs[0])[0])
 
@@ -265,21 +335,40 @@ def test_excluded_tokens_and_masked_steps(monkeypatch, tile_size, keep_up_to):
 @pytest.mark.parametrize("needed", [(0,), (1,), (3,), (4, 5), (0, 1, 2)])
 def test_gradients_only_where_they_are_wanted(needed):
     inputs, ids = case()
-    for i in needed: inputs[i].requires_grad_()
+    for i in needed:
+        inputs[i].requires_grad_()
     chosen = [inputs[i] for i in needed]
     total = lambda out: sum((k + 1) * o.sum() for k, o in enumerate(out))
-    agree(torch.autograd.grad(total(ours(inputs, ids)), chosen), torch.autograd.grad(total(naive(inputs, ids)), chosen))
-    if needed == (0,): ours(inputs, ids)[0].sum().backward(); assert inputs[1].grad is None and inputs[3].grad is None
+    agree(
+        torch.autograd.grad(total(ours(inputs, ids)), chosen),
+        torch.autograd.grad(total(naive(inputs, ids)), chosen),
+    )
+    if needed == (0,):
+        ours(inputs, ids)[0].sum().backward()
+        assert inputs[1].grad is None and inputs[3].grad is None
 
 
 def test_one_tied_head_strides_and_an_empty_batch():
     inputs, ids = case(hidden=(5, 5))
     weight = inputs[1].clone().requires_grad_()
-    tied = [inputs[0].transpose(0, 1).contiguous().transpose(0, 1), weight, None, inputs[3][:1].expand(2, 3, 5), weight, None]
+    tied = [
+        inputs[0].transpose(0, 1).contiguous().transpose(0, 1),
+        weight,
+        None,
+        inputs[3][:1].expand(2, 3, 5),
+        weight,
+        None,
+    ]
     total = lambda out: sum(o.sum() for o in out)
-    agree(torch.autograd.grad(total(ours(tied, ids)), weight), torch.autograd.grad(total(naive(tied, ids)), weight))
+    agree(
+        torch.autograd.grad(total(ours(tied, ids)), weight),
+        torch.autograd.grad(total(naive(tied, ids)), weight),
+    )
     wide = torch.randn(5, 13, generator=generator(3), dtype=torch.float64).T  # a transposed weight
-    agree(ours([inputs[0], wide, None, inputs[3], wide, None], ids), naive([inputs[0], wide, None, inputs[3], wide, None], ids))
+    agree(
+        ours([inputs[0], wide, None, inputs[3], wide, None], ids),
+        naive([inputs[0], wide, None, inputs[3], wide, None], ids),
+    )
     same = ours([inputs[0], wide, None, inputs[0], wide, None], ids)
     assert (same[0] == 0).all() and (same[1] == same[2]).all()
     empty = [o[:0].requires_grad_() if o is not None and o.ndim == 3 else o for o in tied]
@@ -294,36 +383,53 @@ def test_padded_heads_are_masked_or_refused(vocab_size):
     inputs, ids = case()
     inputs[4], inputs[5] = inputs[4][:12], inputs[5][:12]
     if vocab_size is None:
-        with pytest.raises(ValueError, match="13 tokens and `ref_head` 12.*`vocab_size`"): ours(inputs, ids)
+        with pytest.raises(ValueError, match="13 tokens and `ref_head` 12.*`vocab_size`"):
+            ours(inputs, ids)
         return
     ids = ids % vocab_size
     masked = [o.clone() if o is not None else None for o in inputs]
     masked[2][vocab_size:] = -INF
-    masked[4], masked[5] = torch.cat([inputs[4], torch.zeros(1, 4)]), torch.cat([inputs[5], torch.zeros(1)])
+    masked[4], masked[5] = (
+        torch.cat([inputs[4], torch.zeros(1, 4)]),
+        torch.cat([inputs[5], torch.zeros(1)]),
+    )
     masked[5][vocab_size:] = -INF
     agree(ours(inputs, ids, vocab_size=vocab_size), naive(masked, ids))
     inputs[1].requires_grad_()
-    assert (torch.autograd.grad(ours(inputs, ids, vocab_size=vocab_size)[0].sum(), inputs[1])[0][vocab_size:] == 0).all()
+    assert (
+        torch.autograd.grad(ours(inputs, ids, vocab_size=vocab_size)[0].sum(), inputs[1])[0][
+            vocab_size:
+        ]
+        == 0
+    ).all()
 
 
 def test_autocast_does_not_round_the_logits():
     inputs, ids = case((2, 4), (32, 32), 50, dtype=torch.float32, bias=False)
     plain = ours(inputs, ids)
-    with torch.autocast("cpu", dtype=torch.bfloat16): assert_close(ours(inputs, ids), plain, rtol=0, atol=0)  # the same sums
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(ours(inputs, ids), plain, rtol=0, atol=0)  # the same sums
 
 
 def test_reference_close_to_the_policy():
     "The sum over tiles keeps the digits of a small KL: the logits are float64, so that the sums could lose them."
-    h, w = torch.randn(1, 4, 6, generator=generator(), dtype=torch.float64), torch.randn(500, 6, generator=generator(1), dtype=torch.float64)
+    h, w = (
+        torch.randn(1, 4, 6, generator=generator(), dtype=torch.float64),
+        torch.randn(500, 6, generator=generator(1), dtype=torch.float64),
+    )
     near = h + 1e-7 * torch.randn(1, 4, 6, generator=generator(2), dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "TILE_SIZE", 4 * 33)
         value = linear_step_kl(h, w, near, w, torch.zeros(1, 4).long()).step_kl
     p, delta = (h @ w.T).softmax(-1), (h - near) @ w.T
-    second_order = 0.5 * ((p * delta**2).sum(-1) - (p * delta).sum(-1)**2)  # the KL to relative order 1e-6
+    second_order = 0.5 * (
+        (p * delta**2).sum(-1) - (p * delta).sum(-1) ** 2
+    )  # the KL to relative order 1e-6
     product = gamma(6) * (h.abs() @ w.T.abs()).max()  # error of a logit
-    small = (second_order.min() / 2)**0.5  # spread of the differences
-    assert ((value - second_order).abs() / second_order).max() < delta.abs().max() + 2 * product / small  # the next order, and the logits
+    small = (second_order.min() / 2) ** 0.5  # spread of the differences
+    assert (
+        (value - second_order).abs() / second_order
+    ).max() < delta.abs().max() + 2 * product / small  # the next order, and the logits
 
 
 @pytest.mark.parametrize("keep_up_to,numbers_per_element", [(2 * 3 * 13 - 1, 0), (2 * 3 * 13, 2)])
@@ -335,19 +441,22 @@ def test_logits_are_kept_only_where_they_are_few(monkeypatch, keep_up_to, number
     run = lambda: linear_step_kl(h, LMHead(w, softcap=2.0), h2, w2, ids).step_kl.sum()
     expected, saved = torch.autograd.grad(run(), (h, w)), []
     monkeypatch.setattr(fused, "KEEP_UP_TO", keep_up_to)
-    with torch.autograd.graph.saved_tensors_hooks(lambda o: saved.append(o) or o, lambda o: o): value = run()
+    with torch.autograd.graph.saved_tensors_hooks(lambda o: saved.append(o) or o, lambda o: o):
+        value = run()
     assert sum(o.numel() for o in saved if o.shape == (6, 13)) == numbers_per_element * 6 * 13
     assert_close(torch.autograd.grad(value, (h, w)), expected, rtol=0, atol=0)
 
 
 # ---- compiled ----
 
+
 @pytest.fixture
 def compile_everything(monkeypatch):
     monkeypatch.setattr(steps, "COMPILE_FROM", 0)
     monkeypatch.setattr(fused, "COMPILE_FROM", 0)
     monkeypatch.setattr(steps.Compilable, "works", True)
-    for o in (steps.compilable_sums, steps.compilable_policy_grad, steps.compilable_ref_grad): monkeypatch.setattr(o, "compiled", None)
+    for o in (steps.compilable_sums, steps.compilable_policy_grad, steps.compilable_ref_grad):
+        monkeypatch.setattr(o, "compiled", None)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -367,9 +476,12 @@ def test_compiled_agrees_with_eager(compile_everything, monkeypatch):
         assert steps.Compilable.works is compiled, "torch.compile failed"
     exact, error = exact_step_kl(a, b), step_kl_error(a, b, torch.float32)
     for result in results:
-        for found, truth, tolerance in zip(result, exact, error): assert_within(found, truth, tolerance)
+        for found, truth, tolerance in zip(result, exact, error):
+            assert_within(found, truth, tolerance)
     monkeypatch.setattr(steps.Compilable, "works", True)
-    whole = torch.compile(step_kl, fullgraph=True, backend="aot_eager")  # a user's own compilation: one graph, no data-dependent branch
+    whole = torch.compile(
+        step_kl, fullgraph=True, backend="aot_eager"
+    )  # a user's own compilation: one graph, no data-dependent branch
     x = a.clone().requires_grad_()
     whole(x, b).sum().backward()
     assert_within(x.grad, exact.policy_grad, error.policy_grad)
@@ -377,8 +489,12 @@ def test_compiled_agrees_with_eager(compile_everything, monkeypatch):
 
 def test_without_a_compiler_the_eager_functions_run_silently(compile_everything):
     import torch._inductor.config as config
+
     a, b = distant_pair(0.1, rows=3, vocab_size=37)
-    with config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}), warnings.catch_warnings():
+    with (
+        config.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("error")
         value = step_kl(a, b)
         step_kl(a, b)
@@ -388,36 +504,82 @@ def test_without_a_compiler_the_eager_functions_run_silently(compile_everything)
 
 # ---- errors ----
 
+
 def call(**changes):
-    args = dict(policy_hidden=torch.zeros(2, 3, 4), policy_head=torch.zeros(7, 4), ref_hidden=torch.zeros(2, 3, 5), ref_head=torch.zeros(7, 5),
-                completion_ids=torch.zeros(2, 3, dtype=torch.long)) | changes
+    args = (
+        dict(
+            policy_hidden=torch.zeros(2, 3, 4),
+            policy_head=torch.zeros(7, 4),
+            ref_hidden=torch.zeros(2, 3, 5),
+            ref_head=torch.zeros(7, 5),
+            completion_ids=torch.zeros(2, 3, dtype=torch.long),
+        )
+        | changes
+    )
     return linear_step_kl(**args)
 
 
 meta = torch.device("meta")
-@pytest.mark.parametrize("error,changes,message", [
-    (ValueError, dict(policy_hidden=torch.zeros(2, 3, 5)), r"`policy_hidden` has shape \(2, 3, 5\).*H = 4 from `policy_head`"),
-    (ValueError, dict(ref_hidden=torch.zeros(2, 4, 5)), "`ref_hidden` has shape"),
-    (TypeError, dict(ref_hidden=torch.zeros(2, 3, 5).long()), "`ref_hidden` has dtype torch.int64"),
-    (ValueError, dict(policy_head=torch.zeros(4)), r"`weight` is torch.float32 \(4,\)"),
-    (ValueError, dict(policy_head=torch.zeros(7, 4).long()), "`weight` is torch.int64"),
-    (ValueError, dict(ref_head=torch.zeros(9, 5)), "`ref_head` 9.*`vocab_size`"),
-    (ValueError, dict(vocab_size=8), "`vocab_size` is 8; it must be from 1 to 7"),
-    (ValueError, dict(vocab_size=0), "`vocab_size` is 0"),
-    (TypeError, dict(completion_ids=torch.zeros(2, 3)), "`completion_ids` has dtype torch.float32"),
-    (ValueError, dict(completion_ids=torch.zeros(6).long()), r"`completion_ids` has shape \(6,\)"),
-    (ValueError, dict(completion_ids=torch.full((2, 3), -100)), "`completion_ids` has tokens outside 0 to 6"),
-    (ValueError, dict(completion_ids=torch.full((2, 3), 5), vocab_size=5), "`completion_ids` has tokens outside 0 to 4"),
-    (ValueError, dict(completion_mask=torch.ones(2, 2)), r"`completion_mask` has shape \(2, 2\)"),
-    (ValueError, dict(temperature=0.0), "`temperature` is 0.0"),
-    (ValueError, dict(ref_hidden=torch.zeros(2, 3, 5, device=meta)), "`ref_hidden` is on meta"),
-    (ValueError, dict(policy_head=torch.zeros(7, 4, device=meta)), "`policy_head` is on meta"),
-])
+
+
+@pytest.mark.parametrize(
+    "error,changes,message",
+    [
+        (
+            ValueError,
+            dict(policy_hidden=torch.zeros(2, 3, 5)),
+            r"`policy_hidden` has shape \(2, 3, 5\).*H = 4 from `policy_head`",
+        ),
+        (ValueError, dict(ref_hidden=torch.zeros(2, 4, 5)), "`ref_hidden` has shape"),
+        (
+            TypeError,
+            dict(ref_hidden=torch.zeros(2, 3, 5).long()),
+            "`ref_hidden` has dtype torch.int64",
+        ),
+        (ValueError, dict(policy_head=torch.zeros(4)), r"`weight` is torch.float32 \(4,\)"),
+        (ValueError, dict(policy_head=torch.zeros(7, 4).long()), "`weight` is torch.int64"),
+        (ValueError, dict(ref_head=torch.zeros(9, 5)), "`ref_head` 9.*`vocab_size`"),
+        (ValueError, dict(vocab_size=8), "`vocab_size` is 8; it must be from 1 to 7"),
+        (ValueError, dict(vocab_size=0), "`vocab_size` is 0"),
+        (
+            TypeError,
+            dict(completion_ids=torch.zeros(2, 3)),
+            "`completion_ids` has dtype torch.float32",
+        ),
+        (
+            ValueError,
+            dict(completion_ids=torch.zeros(6).long()),
+            r"`completion_ids` has shape \(6,\)",
+        ),
+        (
+            ValueError,
+            dict(completion_ids=torch.full((2, 3), -100)),
+            "`completion_ids` has tokens outside 0 to 6",
+        ),
+        (
+            ValueError,
+            dict(completion_ids=torch.full((2, 3), 5), vocab_size=5),
+            "`completion_ids` has tokens outside 0 to 4",
+        ),
+        (
+            ValueError,
+            dict(completion_mask=torch.ones(2, 2)),
+            r"`completion_mask` has shape \(2, 2\)",
+        ),
+        (ValueError, dict(temperature=0.0), "`temperature` is 0.0"),
+        (ValueError, dict(ref_hidden=torch.zeros(2, 3, 5, device=meta)), "`ref_hidden` is on meta"),
+        (ValueError, dict(policy_head=torch.zeros(7, 4, device=meta)), "`policy_head` is on meta"),
+    ],
+)
 def test_bad_input(error, changes, message):
-    with pytest.raises(error, match=message): call(**changes)
+    with pytest.raises(error, match=message):
+        call(**changes)
 
 
 def test_bad_heads_and_devices():
-    with pytest.raises(ValueError, match=r"`bias` has shape \(3,\)"): LMHead(torch.zeros(7, 4), torch.zeros(3))
-    with pytest.raises(ValueError, match="`softcap` is 0.0"): LMHead(torch.zeros(7, 4), softcap=0.0)
-    with pytest.raises(ValueError, match="`ref_logits` is on meta"): step_kl(torch.zeros(2, 3), torch.zeros(2, 3, device=meta))
+    with pytest.raises(ValueError, match=r"`bias` has shape \(3,\)"):
+        LMHead(torch.zeros(7, 4), torch.zeros(3))
+    with pytest.raises(ValueError, match="`softcap` is 0.0"):
+        LMHead(torch.zeros(7, 4), softcap=0.0)
+    with pytest.raises(ValueError, match="`ref_logits` is on meta"):
+        step_kl(torch.zeros(2, 3), torch.zeros(2, 3, device=meta))

@@ -2,6 +2,7 @@
 
 Needs torch and pytest only. Oracles are the formulas as they are written, in float64 on the CPU.
 """
+
 import math
 from typing import NamedTuple
 
@@ -37,10 +38,15 @@ def error(got, wanted):
     return ((got.detach().double().cpu() - wanted).norm() / wanted.norm()).item()
 
 
-UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # largest relative rounding of a number
+UNIT = {
+    torch.float32: 2**-24,
+    torch.bfloat16: 2**-9,
+    torch.float16: 2**-12,
+}  # largest relative rounding of a number
 
 
 # ---- from logits ----
+
 
 @devices
 @dtypes
@@ -66,8 +72,12 @@ def test_step_kl_and_both_gradients(device, dtype, large, monkeypatch):
 
 @devices
 def test_limits_of_the_support(device):
-    a = torch.tensor([[0., 0., -INF], [0., 0., 0.], [math.nan, 0., 0.], [-INF, -INF, -INF]], device=device)
-    b = torch.tensor([[0., 0., 0.], [0., 0., -INF], [0., 0., 0.], [0., 0., 0.]], device=device)
+    a = torch.tensor(
+        [[0.0, 0.0, -INF], [0.0, 0.0, 0.0], [math.nan, 0.0, 0.0], [-INF, -INF, -INF]], device=device
+    )
+    b = torch.tensor(
+        [[0.0, 0.0, 0.0], [0.0, 0.0, -INF], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], device=device
+    )
     x = a.clone().requires_grad_()
     value = step_kl(x, b)
     assert_close(value[0].item(), math.log(3 / 2))
@@ -125,8 +135,10 @@ def test_two_devices_are_refused_here_too(device):
 
 # ---- from hidden states ----
 
+
 class Case(NamedTuple):
     "Two heads and the hidden states before them, in float64 on the CPU."
+
     h: torch.Tensor
     w: torch.Tensor
     c: torch.Tensor
@@ -143,6 +155,7 @@ def case(vocab=301, seed=0):
 
 class Settings(NamedTuple):
     "What a call may have besides tensors."
+
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
@@ -151,10 +164,12 @@ class Settings(NamedTuple):
 
 def oracle(o, ids, s=Settings()):
     "The four outputs from full logits."
+
     def logprobs(h, w, c, scale, softcap):
         z = (h @ w.T + c) * scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return (z[..., :s.vocab_size] / s.temperature).log_softmax(-1)
+        return (z[..., : s.vocab_size] / s.temperature).log_softmax(-1)
+
     p, q = logprobs(o.h, o.w, o.c, s.scale, s.softcap), logprobs(o.g, o.u, o.d, 1.0, None)
     excluded = p == -INF
     safe = p.masked_fill(excluded, 0)
@@ -193,7 +208,9 @@ def token_ids(vocab, seed=0):
 
 @devices
 @dtypes
-@pytest.mark.parametrize("settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)])
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)]
+)
 @pytest.mark.parametrize("tile_size,keep", [(2**20, 2**22), (320, 0)])
 def test_linear_step_kl_and_all_gradients(device, dtype, settings, tile_size, keep, monkeypatch):
     monkeypatch.setattr(fused, "TILE_SIZE", tile_size)
@@ -213,17 +230,24 @@ def test_masked_steps_and_excluded_tokens(device, dtype, monkeypatch):
     assert all((v.cpu()[mask == 0] == 0).all() for v in values)
     ids = torch.where(mask == 1, ids, -100)
     near = Case(*(x.to(device, dtype) for x in o))
-    garbage = near._replace(h=near.h.masked_fill(mask.to(device)[..., None] == 0, math.nan).requires_grad_())
+    garbage = near._replace(
+        h=near.h.masked_fill(mask.to(device)[..., None] == 0, math.nan).requires_grad_()
+    )
     sum(v.sum() for v in ours(garbage, ids.to(device), mask=mask.to(device))).backward()
     assert garbage.h.grad.isfinite().all() and (garbage.h.grad[mask.to(device) == 0] == 0).all()
     exact = Case(*(x.double().cpu() for x in near))
-    for v, t in zip(ours(near, ids.to(device), mask=mask.to(device)), oracle(exact, ids.clamp(min=0))):
+    for v, t in zip(
+        ours(near, ids.to(device), mask=mask.to(device)), oracle(exact, ids.clamp(min=0))
+    ):
         assert_close(v.double().cpu(), torch.where(mask == 1, t, 0), rtol=2e-5, atol=2e-5)
 
 
 @devices
 def test_all_steps_masked_or_no_step(device):
-    o, ids = Case(*(x.float().to(device).requires_grad_() for x in case())), token_ids(301).to(device)
+    o, ids = (
+        Case(*(x.float().to(device).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
     values = ours(o, ids, mask=torch.zeros_like(ids))
     sum(v.sum() for v in values).backward()
     assert all((v == 0).all() for v in values) and (o.w.grad == 0).all()
@@ -259,13 +283,17 @@ def test_lower_precision_of_float32_products_is_not_used(device, setting):
 @devices
 def test_strided_inputs(device):
     o, ids = Case(*(x.float().to(device) for x in case())), token_ids(301).to(device)
-    strided = o._replace(h=o.h.transpose(0, 1).contiguous().transpose(0, 1), w=o.w.T.contiguous().T,
-                         g=torch.stack([o.g, o.g], -1)[..., 0])
+    strided = o._replace(
+        h=o.h.transpose(0, 1).contiguous().transpose(0, 1),
+        w=o.w.T.contiguous().T,
+        g=torch.stack([o.g, o.g], -1)[..., 0],
+    )
     for v, w in zip(ours(strided, ids), ours(o, ids)):
         assert_close(v, w, rtol=1e-5, atol=1e-5)
 
 
 # ---- graphs, compilation, synchronisation ----
+
 
 @devices
 def test_inside_a_function_that_the_user_compiles(device):
@@ -308,6 +336,7 @@ def test_step_kl_in_a_cuda_graph(device, vocab):
     def call():
         value = step_kl(a, b)
         return value, torch.autograd.grad(value.sum(), a)[0]
+
     got, wanted = captured(call, [a, b]), call()
     for g, w in zip(got, wanted):
         assert_close(g, w, rtol=1e-5, atol=1e-7)
@@ -317,12 +346,20 @@ def test_step_kl_in_a_cuda_graph(device, vocab):
 @pytest.mark.parametrize("masked", [False, True])
 @dtypes
 def test_linear_step_kl_in_a_cuda_graph(device, masked, dtype):
-    o, ids = Case(*(x.to(device, dtype).requires_grad_() for x in case())), token_ids(301).to(device)
-    mask = (torch.arange(5, device=device) < torch.tensor([[3], [4]], device=device)) if masked else None
+    o, ids = (
+        Case(*(x.to(device, dtype).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
+    mask = (
+        (torch.arange(5, device=device) < torch.tensor([[3], [4]], device=device))
+        if masked
+        else None
+    )
 
     def call():
         values = ours(o, ids, mask=mask)
         return *values, *torch.autograd.grad(sum(v.sum() for v in values), [o.h, o.w])
+
     got, wanted = captured(call, [o.h.detach(), o.g.detach()]), call()
     for g, w in zip(got, wanted):
         assert_close(g, w, rtol=1e-3, atol=1e-4)
@@ -333,13 +370,25 @@ def test_the_host_never_waits(device):
     "But for one look at the ids, before the first tile."
     a, b = (randn(4, 5, 1013, seed=i).float().to(device) for i in range(2))
     a.requires_grad_()
-    o, ids = Case(*(x.float().to(device).requires_grad_() for x in case())), token_ids(301).to(device)
+    o, ids = (
+        Case(*(x.float().to(device).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
     for _ in range(2):  # the first time for what is compiled and set up
         torch.cuda.set_sync_debug_mode("error" if _ else "default")
         try:
             step_kl(a, b).sum().backward()
-            values = fused._LinearStepKL.apply(o.h.reshape(-1, 64), o.w, o.c, o.g.reshape(-1, 48), o.u, o.d,
-                                               ids.reshape(-1), 301, [(1.0, None, 1.0)] * 2)
+            values = fused._LinearStepKL.apply(
+                o.h.reshape(-1, 64),
+                o.w,
+                o.c,
+                o.g.reshape(-1, 48),
+                o.u,
+                o.d,
+                ids.reshape(-1),
+                301,
+                [(1.0, None, 1.0)] * 2,
+            )
             sum(v.sum() for v in values).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

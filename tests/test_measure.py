@@ -1,4 +1,5 @@
 """The measuring tool: exact answers by enumeration, coverage, files that survive an interruption, and bad input."""
+
 import inspect
 import itertools
 import json
@@ -32,63 +33,108 @@ WORDS = ["<end>", "a", "b", "c", "d", "e"]  # the end token is also the padding 
 def small_tokenizer():
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<end>", eos_token="<end>", pad_token="<end>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<end>",
+        eos_token="<end>",
+        pad_token="<end>",
+        padding_side="left",
+    )
 
 
 def small_model(seed, vocab_size=len(WORDS), scale=0.6):
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=16, n_embd=16, n_layer=1, n_head=2, initializer_range=scale, bos_token_id=0, eos_token_id=0)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=16,
+            n_embd=16,
+            n_layer=1,
+            n_head=2,
+            initializer_range=scale,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).eval()
 
 
 TOKENIZER, POLICY, REFERENCE = small_tokenizer(), small_model(1), small_model(2)
 
 
 @torch.no_grad()
-def enumerated_kl(policy, reference, prompt, steps, temperatures=(1., 1.), width=len(WORDS)):
+def enumerated_kl(policy, reference, prompt, steps, temperatures=(1.0, 1.0), width=len(WORDS)):
     "KL of the strings of up to `steps` tokens, and their expected length, in float64: a sum over all prefixes."
     policy, reference = policy.double(), reference.double()
-    total, length, reach = 0., 0., {(): 1.}
+    total, length, reach = 0.0, 0.0, {(): 1.0}
     for _ in range(steps):
         longer = {}
         for prefix, chance in reach.items():
             ids = torch.tensor([prompt + list(prefix)])
-            logp, logq = (m(ids).logits[0, -1, :width].div(t).log_softmax(-1) for m, t in zip((policy, reference), temperatures))
-            total, length = total + chance*(logp.exp()*(logp - logq)).sum().item(), length + chance
-            longer |= {(*prefix, v): chance*logp[v].exp().item() for v in range(1, width)}
+            logp, logq = (
+                m(ids).logits[0, -1, :width].div(t).log_softmax(-1)
+                for m, t in zip((policy, reference), temperatures)
+            )
+            total, length = (
+                total + chance * (logp.exp() * (logp - logq)).sum().item(),
+                length + chance,
+            )
+            longer |= {(*prefix, v): chance * logp[v].exp().item() for v in range(1, width)}
         reach = longer
     policy.float(), reference.float()
     return total, length
 
 
 def measure(policy=POLICY, reference=REFERENCE, prompts=None, **settings):
-    return measure_kl(policy, reference, prompts, tokenizer=TOKENIZER, **dict(max_new_tokens=3, samples=200) | settings)
+    return measure_kl(
+        policy,
+        reference,
+        prompts,
+        tokenizer=TOKENIZER,
+        **dict(max_new_tokens=3, samples=200) | settings,
+    )
 
 
 # On-policy numbers, against enumeration
 
-@pytest.mark.parametrize("settings, way, temperatures", [
-    (dict(), 1, (1., 1.)), (dict(direction="forward"), -1, (1., 1.)), (dict(temperature=0.7), 1, (0.7, 0.7)),
-    (dict(temperature=1.5, reference_temperature=1.), 1, (1.5, 1.)), (dict(direction="forward", temperature=1.5, reference_temperature=1.), -1, (1., 1.5))])
+
+@pytest.mark.parametrize(
+    "settings, way, temperatures",
+    [
+        (dict(), 1, (1.0, 1.0)),
+        (dict(direction="forward"), -1, (1.0, 1.0)),
+        (dict(temperature=0.7), 1, (0.7, 0.7)),
+        (dict(temperature=1.5, reference_temperature=1.0), 1, (1.5, 1.0)),
+        (dict(direction="forward", temperature=1.5, reference_temperature=1.0), -1, (1.0, 1.5)),
+    ],
+)
 def test_all_estimates_against_enumeration(settings, way, temperatures):
     "z < 4 for each of six estimates; the end token's own step counts although it is also the padding."
     kl, length = enumerated_kl(*(POLICY, REFERENCE)[::way], [0], 3, temperatures)
     result = measure(samples=3000, **settings).headline
     for row in estimates(result).itertuples():
-        exact = kl if row.unit == "nats per sequence" else kl/length
-        assert abs(row.mean - exact) < 4*row.stderr, row
-        assert row.stderr < 0.2*exact
+        exact = kl if row.unit == "nats per sequence" else kl / length
+        assert abs(row.mean - exact) < 4 * row.stderr, row
+        assert row.stderr < 0.2 * exact
     assert 1 < result.rollouts.length.mean() < 3
 
 
 def test_jeffreys_is_both_directions_and_js_is_bounded():
-    exact = sum(enumerated_kl(*pair, [0], 3)[0] for pair in ((POLICY, REFERENCE), (REFERENCE, POLICY)))
-    both, sum_ = measure(direction="both", samples=1500), measure(divergence="jeffreys", samples=1500)
+    exact = sum(
+        enumerated_kl(*pair, [0], 3)[0] for pair in ((POLICY, REFERENCE), (REFERENCE, POLICY))
+    )
+    both, sum_ = (
+        measure(direction="both", samples=1500),
+        measure(divergence="jeffreys", samples=1500),
+    )
     assert list(both.results) == ["reverse", "forward"] and list(sum_.results) == ["jeffreys"]
-    assert abs(sum_.kl.mean - exact) < 4*sum_.kl.stderr
+    assert abs(sum_.kl.mean - exact) < 4 * sum_.kl.stderr
     assert sum_.kl.mean == pytest.approx(sum(o.interval().mean for o in both.results.values()))
     js = measure(divergence="js").headline
-    assert (js.rollouts.rb <= js.rollouts.length*math.log(2)).all() and "not a divergence of the sequences" in js.label
-    with pytest.raises(ValueError, match="must be one of rb"): js.interval("mc")
+    assert (
+        js.rollouts.rb <= js.rollouts.length * math.log(2)
+    ).all() and "not a divergence of the sequences" in js.label
+    with pytest.raises(ValueError, match="must be one of rb"):
+        js.interval("mc")
 
 
 def test_intervals_cover_the_enumerated_kl():
@@ -98,25 +144,28 @@ def test_intervals_cover_the_enumerated_kl():
     for estimator in ("rb", "mc"):
         intervals = [o.interval(estimator) for o in runs]
         assert sum(o.low <= exact <= o.high for o in intervals) >= 42
-        assert np.mean([o.half_width for o in intervals]) < 0.6*exact
+        assert np.mean([o.half_width for o in intervals]) < 0.6 * exact
 
 
 def test_rb_is_not_wider_than_mc_and_identical_models_give_zero():
     for seed in range(5):
         result = measure(small_model(10 + seed), small_model(20 + seed), samples=500).headline
-        assert result.interval("rb").half_width <= 1.05*result.interval("mc").half_width
+        assert result.interval("rb").half_width <= 1.05 * result.interval("mc").half_width
     same = measure(POLICY, POLICY, ["a b", "c"], samples=20)
-    assert all(i.mean == i.low == i.high == 0 for i in map(same.headline.interval, ("rb", "mc", "k3")))
+    assert all(
+        i.mean == i.low == i.high == 0 for i in map(same.headline.interval, ("rb", "mc", "k3"))
+    )
     assert math.isnan(same.headline.variance_ratio)
 
 
 def test_logits_of_different_widths():
     "The wider model likes its padding best of all; it must neither be sampled nor counted."
     wide = small_model(3, vocab_size=9)
-    with torch.no_grad(): wide.transformer.wte.weight[6:] *= 30
+    with torch.no_grad():
+        wide.transformer.wte.weight[6:] *= 30
     exact, _ = enumerated_kl(wide, REFERENCE, [0], 3)
     found = measure(wide, REFERENCE, samples=3000)
-    assert abs(found.kl.mean - exact) < 4*found.kl.stderr
+    assert abs(found.kl.mean - exact) < 4 * found.kl.stderr
 
 
 def test_prompts_of_unequal_length_and_prefixes():
@@ -125,8 +174,10 @@ def test_prompts_of_unequal_length_and_prefixes():
     exact = np.mean([enumerated_kl(POLICY, REFERENCE, ids[p], 2)[0] for p in prompts])
     result = measure(prompts=prompts, samples=1500, max_new_tokens=2).headline
     table = prompt_means(result)
-    assert table.rollouts.tolist() == [1500]*3 and len(result.positions) == 2
-    assert abs(table["mean"].mean() - exact) < 4*math.hypot(*(table.high - table.low)/2/1.96)/3
+    assert table.rollouts.tolist() == [1500] * 3 and len(result.positions) == 2
+    assert (
+        abs(table["mean"].mean() - exact) < 4 * math.hypot(*(table.high - table.low) / 2 / 1.96) / 3
+    )
     same = measure(POLICY, POLICY, prompts, samples=5, policy_prefix="a ", reference_prefix="a ")
     other = measure(POLICY, POLICY, prompts, samples=5, policy_prefix="a ", reference_prefix="d ")
     assert same.kl.mean == 0 < other.kl.mean
@@ -135,9 +186,15 @@ def test_prompts_of_unequal_length_and_prefixes():
 def test_a_tokenizer_with_neither_padding_nor_beginning():
     bare = small_tokenizer()
     bare.pad_token = bare.bos_token = None
-    found = measure_kl(POLICY, REFERENCE, ["a b c", "d"], tokenizer=bare, samples=20, max_new_tokens=3)
-    pd.testing.assert_frame_equal(found.headline.rollouts, measure(prompts=["a b c", "d"], samples=20).headline.rollouts)
-    text = measure_text(POLICY, REFERENCE, ["a b c", "d"], tokenizer=bare)  # a first token without context is not scored
+    found = measure_kl(
+        POLICY, REFERENCE, ["a b c", "d"], tokenizer=bare, samples=20, max_new_tokens=3
+    )
+    pd.testing.assert_frame_equal(
+        found.headline.rollouts, measure(prompts=["a b c", "d"], samples=20).headline.rollouts
+    )
+    text = measure_text(
+        POLICY, REFERENCE, ["a b c", "d"], tokenizer=bare
+    )  # a first token without context is not scored
     assert text.tokens.position.tolist() == [1, 2]
 
 
@@ -157,97 +214,143 @@ def test_a_run_repeats_with_its_seed_and_not_with_another():
 def test_memory_is_bounded_by_batch_tokens(monkeypatch):
     sizes = []
     inner = klrb.compare.scoring.sample_completions
-    def watched(model, ids, *args): sizes.append(ids.shape); return inner(model, ids, *args)
+
+    def watched(model, ids, *args):
+        sizes.append(ids.shape)
+        return inner(model, ids, *args)
+
     monkeypatch.setattr(klrb.compare.scoring, "sample_completions", watched)
     measure(prompts=["a b c", "d"], samples=10, batch_tokens=20)
-    assert len(sizes) == 7 and max(rows*(width + 3) for rows, width in sizes) <= 20  # 3 rows of 3 + 3 tokens
+    assert (
+        len(sizes) == 7 and max(rows * (width + 3) for rows, width in sizes) <= 20
+    )  # 3 rows of 3 + 3 tokens
 
 
 def test_adapter_on_and_off_is_one_set_of_weights(tmp_path):
     plain, ids = small_model(1), torch.tensor([[0, 3, 2]])
-    tuned = get_peft_model(small_model(1), LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True))
-    with torch.no_grad(): merged = tuned(ids).logits
+    tuned = get_peft_model(
+        small_model(1),
+        LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True),
+    )
+    with torch.no_grad():
+        merged = tuned(ids).logits
     exact, _ = enumerated_kl(tuned.get_base_model(), plain, [0], 2)
     found = measure(tuned, tuned.get_base_model(), max_new_tokens=2, samples=1500)
-    assert 0 < exact and abs(found.kl.mean - exact) < 4*found.kl.stderr
+    assert 0 < exact and abs(found.kl.mean - exact) < 4 * found.kl.stderr
     policy, reference = load_pair(tuned, tuned.get_base_model(), TOKENIZER)
     assert policy.model is reference.model
     with torch.no_grad():
-        with policy.active() as model: assert torch.equal(model(ids).logits, merged)
-        with reference.active() as model: assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
+        with policy.active() as model:
+            assert torch.equal(model(ids).logits, merged)
+        with reference.active() as model:
+            assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-6)
 
 
 def test_two_adapters_on_one_base(folder, tmp_path):
     for name, seed in (("x", 1), ("y", 2)):
         base = small_model(1)
         torch.manual_seed(seed)  # of the adapter
-        get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)).save_pretrained(tmp_path/name)
-    policy, reference = load_pair(f"{folder/'good'}+{tmp_path/'x'}", f"{folder/'good'}+{tmp_path/'y'}")
-    alone = load_pair(f"{folder/'good'}+{tmp_path/'y'}", str(folder/"good"))
+        get_peft_model(
+            base,
+            LoraConfig(
+                r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True
+            ),
+        ).save_pretrained(tmp_path / name)
+    policy, reference = load_pair(
+        f"{folder / 'good'}+{tmp_path / 'x'}", f"{folder / 'good'}+{tmp_path / 'y'}"
+    )
+    alone = load_pair(f"{folder / 'good'}+{tmp_path / 'y'}", str(folder / "good"))
     ids = torch.tensor([[0, 3, 2]])
+
     def logits(side):
-        with torch.no_grad(), side.active() as model: return model(ids).logits
+        with torch.no_grad(), side.active() as model:
+            return model(ids).logits
+
     ours, theirs, again = logits(policy), logits(reference), logits(policy)
-    assert policy.model is reference.model and torch.equal(ours, again) and not torch.equal(ours, theirs)
-    assert torch.equal(theirs, logits(alone[0])) and torch.allclose(logits(alone[1]), POLICY(ids).logits, atol=1e-6)
+    assert (
+        policy.model is reference.model
+        and torch.equal(ours, again)
+        and not torch.equal(ours, theirs)
+    )
+    assert torch.equal(theirs, logits(alone[0])) and torch.allclose(
+        logits(alone[1]), POLICY(ids).logits, atol=1e-6
+    )
     assert len({o.fingerprint() for o in (policy, reference, alone[1])}) == 3
 
 
 # Tolerance
 
+
 def test_tolerance_is_reached_or_the_reason_is_given():
     assert measure(samples=None, tolerance=0.05).kl.half_width <= 0.05
     found = measure(samples=None, tolerance="3%")
-    assert found.headline.reason == "reached" and found.kl.half_width <= 0.03*found.kl.mean
+    assert found.headline.reason == "reached" and found.kl.half_width <= 0.03 * found.kl.mean
     assert measure(samples=None, tolerance=1e-4, max_samples=600).headline.reason == "max_samples"
     few = measure(prompts=["a", "b c", "d"], samples=None, tolerance=1e-4)
     assert few.headline.reason == "prompts" and "more prompts" in repr(few)
-    assert len(measure(POLICY, POLICY, samples=None, tolerance="1%").headline.rollouts) == 256  # zero width at the first look
+    assert (
+        len(measure(POLICY, POLICY, samples=None, tolerance="1%").headline.rollouts) == 256
+    )  # zero width at the first look
 
 
 @pytest.mark.parametrize("num_prompts", [1, 5])
 def test_next_size_of_known_variance(num_prompts):
     "Independent standard normal values: 1.96^2 / d^2 rollouts are needed, and a tenth more are planned."
     values = np.random.default_rng(0).standard_normal(2000)
-    half = cluster_interval(values, clusters=np.arange(2000) % num_prompts if num_prompts > 1 else None).half_width
-    assert next_size(values, np.ones(2000), 1.01*half, num_prompts) == 2000
+    half = cluster_interval(
+        values, clusters=np.arange(2000) % num_prompts if num_prompts > 1 else None
+    ).half_width
+    assert next_size(values, np.ones(2000), 1.01 * half, num_prompts) == 2000
     if num_prompts == 1:
-        assert next_size(values, np.ones(2000), 0.8*half) == pytest.approx(1.1*2000/0.64, rel=1e-3)
-        assert next_size(values, np.ones(2000), 0.01*half) == 8000  # at most four times as many
-    shifted = values + 10*(np.arange(2000) % 5)  # prompts that differ: no number of rollouts helps
-    assert next_size(shifted, np.ones(2000), 1., 5) == math.inf
+        assert next_size(values, np.ones(2000), 0.8 * half) == pytest.approx(
+            1.1 * 2000 / 0.64, rel=1e-3
+        )
+        assert next_size(values, np.ones(2000), 0.01 * half) == 8000  # at most four times as many
+    shifted = values + 10 * (
+        np.arange(2000) % 5
+    )  # prompts that differ: no number of rollouts helps
+    assert next_size(shifted, np.ones(2000), 1.0, 5) == math.inf
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "5%%", "inf", "nan", "1e999", "-5%", None])
 def test_bad_tolerances(text):
-    with pytest.raises(ValueError, match="must be a positive number"): parse_tolerance(text)
+    with pytest.raises(ValueError, match="must be a positive number"):
+        parse_tolerance(text)
 
 
 def strings(seed, vocab_size, max_length, scale):
-    policy, reference = (TabularLM(vocab_size, max_length, seed=s, scale=scale) for s in (seed, seed + 1000))
+    policy, reference = (
+        TabularLM(vocab_size, max_length, seed=s, scale=scale) for s in (seed, seed + 1000)
+    )
     with torch.no_grad():
         r = enumerate_rollouts(policy, reference)
-        return r.prob.numpy()/r.prob.sum().item(), (step_kl(r.policy_logits, r.ref_logits)*r.mask).sum(-1).numpy(), exact_kl(policy, reference).item()
+        return (
+            r.prob.numpy() / r.prob.sum().item(),
+            (step_kl(r.policy_logits, r.ref_logits) * r.mask).sum(-1).numpy(),
+            exact_kl(policy, reference).item(),
+        )
 
 
 def coverage(prob, values, exact, tolerance, repetitions=300, **settings):
     rng, hits = np.random.default_rng(0), 0
     for _ in range(repetitions):
         drawn = np.empty(0)
+
         def draw(n):
             nonlocal drawn
             drawn = np.concatenate([drawn, rng.choice(values, n - len(drawn), p=prob)])
             return drawn, np.ones(n)
+
         sample_until(draw, tolerance, **settings)
         i = cluster_interval(drawn)
         hits += i.low <= exact <= i.high
-    return hits/repetitions
+    return hits / repetitions
 
 
 def test_coverage_of_the_stopping_rule(monkeypatch):
     """300 repetitions, standard error 1.3 %: within 4 % of 95 %. The second pair has a skewness of 6; without the first
     round's size and the skewness rule its coverage is far off. (Notebook 06 repeats 2,000 times.)"""
-    ordinary, skewed = strings(0, 3, 4, 1.), strings(2, 2, 5, 2.)
+    ordinary, skewed = strings(0, 3, 4, 1.0), strings(2, 2, 5, 2.0)
     assert abs(coverage(*ordinary, Tolerance(0.05)) - 0.95) < 0.04
     assert abs(coverage(*skewed, Tolerance(0.1, True)) - 0.95) < 0.04
     monkeypatch.setattr("klrb.compare.stopping.SKEWNESS_FACTOR", 0)
@@ -256,18 +359,25 @@ def test_coverage_of_the_stopping_rule(monkeypatch):
 
 # Given text
 
+
 def test_text_mode_agrees_with_sampling(tmp_path):
     "The policy's own completions as documents: the mean step KL is the per-token estimate of the same rollouts."
-    found = measure(samples=300, save=tmp_path/"out")
-    documents = [list(o) for o in pd.read_parquet(tmp_path/"out"/"rollouts.parquet").token_ids]
+    found = measure(samples=300, save=tmp_path / "out")
+    documents = [list(o) for o in pd.read_parquet(tmp_path / "out" / "rollouts.parquet").token_ids]
     text = measure_text(POLICY, REFERENCE, documents, tokenizer=TOKENIZER)
     rows = text.statistics.set_index("statistic")
     per_token = found.headline.interval("rb", "nats per token")
-    assert rows.value["mean"] == pytest.approx(per_token.mean, rel=1e-5) and rows.low["mean"] == pytest.approx(per_token.low, rel=1e-4)
+    assert rows.value["mean"] == pytest.approx(per_token.mean, rel=1e-5) and rows.low[
+        "mean"
+    ] == pytest.approx(per_token.low, rel=1e-4)
     mc = found.headline.interval("mc", "nats per token")
     assert rows.value["mean Δ log p"] == pytest.approx(mc.mean, rel=1e-4)
-    swapped = measure_text(REFERENCE, POLICY, documents, tokenizer=TOKENIZER, direction="forward").statistics.set_index("statistic")
-    assert swapped.value["mean"] == pytest.approx(rows.value["mean"], rel=1e-6) and swapped.value["mean Δ log p"] == pytest.approx(-rows.value["mean Δ log p"])
+    swapped = measure_text(
+        REFERENCE, POLICY, documents, tokenizer=TOKENIZER, direction="forward"
+    ).statistics.set_index("statistic")
+    assert swapped.value["mean"] == pytest.approx(rows.value["mean"], rel=1e-6) and swapped.value[
+        "mean Δ log p"
+    ] == pytest.approx(-rows.value["mean Δ log p"])
 
 
 def test_bootstrap_over_documents_covers_the_median(monkeypatch):
@@ -277,7 +387,15 @@ def test_bootstrap_over_documents_covers_the_median(monkeypatch):
     for _ in range(80):
         level = rng.standard_normal(40).repeat(10)
         step = level + rng.standard_normal(400)
-        tokens = pd.DataFrame(dict(document=np.arange(40).repeat(10), step=step, policy_logprob=0., ref_logprob=0., same_top=1.))
+        tokens = pd.DataFrame(
+            dict(
+                document=np.arange(40).repeat(10),
+                step=step,
+                policy_logprob=0.0,
+                ref_logprob=0.0,
+                same_top=1.0,
+            )
+        )
         row = text_statistics(tokens).set_index("statistic").loc["median"]
         hits += row.low <= 0 <= row.high  # the population is symmetric around 0
     assert hits >= 68
@@ -290,84 +408,145 @@ def test_one_document_has_no_interval():
 
 # Files
 
+
 def interrupt(monkeypatch, batch):
     "Press Ctrl-C in batch number `batch`."
     inner, calls = klrb.compare.scoring._one_batch, itertools.count()
+
     def interrupted(*args):
-        if next(calls) == batch: raise KeyboardInterrupt
+        if next(calls) == batch:
+            raise KeyboardInterrupt
         return inner(*args)
+
     monkeypatch.setattr(klrb.compare.scoring, "_one_batch", interrupted)
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
     interrupt(monkeypatch, 3)
-    found = measure(prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path/"out", direction="both")
-    assert found.status == "interrupted" and list(found.results) == ["reverse"] and "interrupted" in repr(found)
-    saved = json.loads((tmp_path/"out"/"measurement.json").read_text())
-    assert saved["status"] == "interrupted" and saved["results"]["reverse"]["rollouts"] == len(found.headline.rollouts) > 0
-    assert len(pd.read_parquet(tmp_path/"out"/"rollouts.parquet")) == len(found.headline.rollouts)
+    found = measure(
+        prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path / "out", direction="both"
+    )
+    assert (
+        found.status == "interrupted"
+        and list(found.results) == ["reverse"]
+        and "interrupted" in repr(found)
+    )
+    saved = json.loads((tmp_path / "out" / "measurement.json").read_text())
+    assert (
+        saved["status"] == "interrupted"
+        and saved["results"]["reverse"]["rollouts"] == len(found.headline.rollouts) > 0
+    )
+    assert len(pd.read_parquet(tmp_path / "out" / "rollouts.parquet")) == len(
+        found.headline.rollouts
+    )
 
 
 def test_a_killed_run_leaves_a_readable_part(tmp_path, monkeypatch):
     inner, calls = klrb.compare.scoring._one_batch, itertools.count()
+
     def killed(*args):
-        if next(calls) == 3: raise SystemExit  # as if by a signal: nothing of ours runs after it
+        if next(calls) == 3:
+            raise SystemExit  # as if by a signal: nothing of ours runs after it
         return inner(*args)
+
     monkeypatch.setattr(klrb.compare.scoring, "_one_batch", killed)
-    monkeypatch.setattr("klrb.compare.results.FLUSH_SECONDS", 0.)
-    with pytest.raises(SystemExit): measure(prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path/"out")
-    saved = json.loads((tmp_path/"out"/"measurement.json").read_text())
-    rows = pd.read_parquet(tmp_path/"out"/"rollouts")
-    assert saved["status"] == "partial" and saved["results"]["reverse"]["rollouts"] == len(rows) == 36  # 3 batches of 12
-    assert not list((tmp_path/"out").glob("**/.*.part"))
+    monkeypatch.setattr("klrb.compare.results.FLUSH_SECONDS", 0.0)
+    with pytest.raises(SystemExit):
+        measure(prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path / "out")
+    saved = json.loads((tmp_path / "out" / "measurement.json").read_text())
+    rows = pd.read_parquet(tmp_path / "out" / "rollouts")
+    assert (
+        saved["status"] == "partial" and saved["results"]["reverse"]["rollouts"] == len(rows) == 36
+    )  # 3 batches of 12
+    assert not list((tmp_path / "out").glob("**/.*.part"))
     found = saved["results"]["reverse"]["estimates"][0]
     assert found["estimator"] == "rb" and found["mean"] == pytest.approx(rows.rb.mean())
 
 
 def test_saved_files_have_all_that_repeats_a_run(tmp_path):
-    found = measure(prompts=["a b", "c"], samples=4, save=tmp_path/"out")
-    names = {o.relative_to(tmp_path/"out").as_posix() for o in (tmp_path/"out").glob("**/*") if o.is_file()}
-    assert names >= {"measurement.json", "rollouts.parquet", "reverse-prompts.csv", "reverse-positions.csv", "heatmap.html", "figures/reverse-convergence.svg"}
-    saved = json.loads((tmp_path/"out"/"measurement.json").read_text())
-    assert saved["status"] == "complete" and saved["settings"]["seed"] == 0 and saved["versions"]["torch"] == torch.__version__
+    found = measure(prompts=["a b", "c"], samples=4, save=tmp_path / "out")
+    names = {
+        o.relative_to(tmp_path / "out").as_posix()
+        for o in (tmp_path / "out").glob("**/*")
+        if o.is_file()
+    }
+    assert names >= {
+        "measurement.json",
+        "rollouts.parquet",
+        "reverse-prompts.csv",
+        "reverse-positions.csv",
+        "heatmap.html",
+        "figures/reverse-convergence.svg",
+    }
+    saved = json.loads((tmp_path / "out" / "measurement.json").read_text())
+    assert (
+        saved["status"] == "complete"
+        and saved["settings"]["seed"] == 0
+        and saved["versions"]["torch"] == torch.__version__
+    )
     prints = [saved["models"][o]["fingerprint"] for o in ("policy", "reference")]
-    assert prints[0] != prints[1] and prints == [o.fingerprint() for o in load_pair(POLICY, REFERENCE, TOKENIZER)]
+    assert prints[0] != prints[1] and prints == [
+        o.fingerprint() for o in load_pair(POLICY, REFERENCE, TOKENIZER)
+    ]
     assert saved["results"]["reverse"]["estimates"][0]["mean"] == found.kl.mean
-    rows = pd.read_parquet(tmp_path/"out"/"rollouts.parquet")
+    rows = pd.read_parquet(tmp_path / "out" / "rollouts.parquet")
     np.testing.assert_allclose(rows.step.map(sum), rows.rb)
-    assert json.dumps(found.to_json(), allow_nan=False) and set(figures(found.headline)) == {"positions", "convergence", "prompts"}
+    assert json.dumps(found.to_json(), allow_nan=False) and set(figures(found.headline)) == {
+        "positions",
+        "convergence",
+        "prompts",
+    }
 
 
 # The command line
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "Checkpoints and files, good and bad."
     where = tmp_path_factory.mktemp("inputs")
     tokenizer = TOKENIZER
-    for name, model in (("good", POLICY), ("nan", small_model(4)), ("narrow", small_model(5, vocab_size=4))):
+    for name, model in (
+        ("good", POLICY),
+        ("nan", small_model(4)),
+        ("narrow", small_model(5, vocab_size=4)),
+    ):
         if name == "nan":
-            with torch.no_grad(): model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
-        model.save_pretrained(where/name), tokenizer.save_pretrained(where/name)
+            with torch.no_grad():
+                model.transformer.h[0].mlp.c_fc.weight[0, 0] = torch.nan
+        model.save_pretrained(where / name), tokenizer.save_pretrained(where / name)
     other = small_tokenizer()
     other.add_tokens(["f"])
-    POLICY.save_pretrained(where/"other"), other.save_pretrained(where/"other")
-    for name in ("truncated", "incomplete", "pickled", "unknown"): POLICY.save_pretrained(where/name), tokenizer.save_pretrained(where/name)
-    weights = (where/"good"/"model.safetensors").read_bytes()
-    (where/"truncated"/"model.safetensors").write_bytes(weights[:len(weights)//2])
-    config = json.loads((where/"good"/"config.json").read_text())
-    (where/"incomplete"/"config.json").write_text(json.dumps(config | dict(n_layer=2)))
-    (where/"unknown"/"config.json").write_text(json.dumps(config | dict(model_type="no_such_type")))
-    (where/"pickled"/"model.safetensors").unlink()
-    torch.save(POLICY.state_dict(), where/"pickled"/"pytorch_model.bin")
-    (where/"adapter").mkdir(), (where/"empty").mkdir(), (where/"full").mkdir()
-    (where/"adapter"/"adapter_config.json").write_text("{}")
-    (where/"full"/"something").write_text("x")
-    for name, text in {"good.txt": "a b\nc", "blank.txt": "\n  \n", "bad.jsonl": '{"prompt": "a"}\n{"prompt"', "list.jsonl": "[1]", "field.jsonl": '{"question": "a"}',
-                       "chat.jsonl": '{"prompt": [{"role": "user", "content": "a"}]}', "number.jsonl": '{"prompt": 3}', "long.txt": "a b c d e a b c d e a b c d e",
-                       "junk.gguf": "not a GGUF file", "junk.parquet": "not a Parquet file"}.items(): (where/name).write_text(text)
-    (where/"latin.txt").write_bytes("déjà vu".encode("latin-1"))
-    pd.DataFrame(dict(question=["a"])).to_parquet(where/"table.parquet")
+    POLICY.save_pretrained(where / "other"), other.save_pretrained(where / "other")
+    for name in ("truncated", "incomplete", "pickled", "unknown"):
+        POLICY.save_pretrained(where / name), tokenizer.save_pretrained(where / name)
+    weights = (where / "good" / "model.safetensors").read_bytes()
+    (where / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    config = json.loads((where / "good" / "config.json").read_text())
+    (where / "incomplete" / "config.json").write_text(json.dumps(config | dict(n_layer=2)))
+    (where / "unknown" / "config.json").write_text(
+        json.dumps(config | dict(model_type="no_such_type"))
+    )
+    (where / "pickled" / "model.safetensors").unlink()
+    torch.save(POLICY.state_dict(), where / "pickled" / "pytorch_model.bin")
+    (where / "adapter").mkdir(), (where / "empty").mkdir(), (where / "full").mkdir()
+    (where / "adapter" / "adapter_config.json").write_text("{}")
+    (where / "full" / "something").write_text("x")
+    for name, text in {
+        "good.txt": "a b\nc",
+        "blank.txt": "\n  \n",
+        "bad.jsonl": '{"prompt": "a"}\n{"prompt"',
+        "list.jsonl": "[1]",
+        "field.jsonl": '{"question": "a"}',
+        "chat.jsonl": '{"prompt": [{"role": "user", "content": "a"}]}',
+        "number.jsonl": '{"prompt": 3}',
+        "long.txt": "a b c d e a b c d e a b c d e",
+        "junk.gguf": "not a GGUF file",
+        "junk.parquet": "not a Parquet file",
+    }.items():
+        (where / name).write_text(text)
+    (where / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    pd.DataFrame(dict(question=["a"])).to_parquet(where / "table.parquet")
     return where
 
 
@@ -398,8 +577,14 @@ BAD = {
     "JSONL without the field": (["--prompts", "field.jsonl"], "it has question"),
     "JSONL with numbers": (["--prompts", "number.jsonl"], "must be a text"),
     "broken Parquet": (["--prompts", "junk.parquet"], "cannot be read"),
-    "Parquet without the column": (["--prompts", "table.parquet", "--column", "prompt"], "it has question"),
-    "data set without a network": (["--prompts", "no/such-data"], "loading it as a data set failed"),
+    "Parquet without the column": (
+        ["--prompts", "table.parquet", "--column", "prompt"],
+        "it has question",
+    ),
+    "data set without a network": (
+        ["--prompts", "no/such-data"],
+        "loading it as a data set failed",
+    ),
     "messages without chat": (["--prompts", "chat.jsonl"], "set `chat`"),
     "chat without a template": (["--chat"], "no chat template"),
     "prompt longer than the context": (["--prompts", "long.txt"], "the policy's context has 16"),
@@ -430,22 +615,39 @@ def invoke(folder, monkeypatch, *options):
 
 def check_error(answer, message):
     lines = answer.stderr.strip().splitlines()
-    assert answer.exit_code == 2 and len(lines) == 1 and lines[0].startswith("klrb: ") and message in lines[0], answer.output
+    assert (
+        answer.exit_code == 2
+        and len(lines) == 1
+        and lines[0].startswith("klrb: ")
+        and message in lines[0]
+    ), answer.output
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, case):
     options, message = BAD[case]
-    answer = invoke(folder, monkeypatch, *(options + GOOD[2:] if not options[0].startswith("--") else GOOD + options))
+    answer = invoke(
+        folder,
+        monkeypatch,
+        *(options + GOOD[2:] if not options[0].startswith("--") else GOOD + options),
+    )
     check_error(answer, message)
     assert answer.stdout == ""
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--tolerance", "-0.1"], "must be a positive number"), (["--tolerance", "five"], "must be a positive number"),
-    (["--text", "nowhere.txt"], "no such file"), (["--text", "blank.txt"], "is empty"), (["--text", "good.txt", "--direction", "both"], "one at a time"),
-    (["--text", "good.txt", "--window", "0"], "at least 1"), (["--text", "good.txt", "--batch-tokens", "1"], "smaller `window`"),
-    (["--text", "good.txt", "--tolerance", "0.1"], "together with `text`")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--tolerance", "-0.1"], "must be a positive number"),
+        (["--tolerance", "five"], "must be a positive number"),
+        (["--text", "nowhere.txt"], "no such file"),
+        (["--text", "blank.txt"], "is empty"),
+        (["--text", "good.txt", "--direction", "both"], "one at a time"),
+        (["--text", "good.txt", "--window", "0"], "at least 1"),
+        (["--text", "good.txt", "--batch-tokens", "1"], "smaller `window`"),
+        (["--text", "good.txt", "--tolerance", "0.1"], "together with `text`"),
+    ],
+)
 def test_bad_input_of_the_other_modes(folder, monkeypatch, options, message):
     check_error(invoke(folder, monkeypatch, "good", "good", *options), message)
 
@@ -455,16 +657,36 @@ def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
     check_error(invoke(folder, monkeypatch, "junk.gguf", "good"), "pip install klrb[gguf]")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
 def test_out_of_memory_suggests_the_option(folder, monkeypatch, error):
-    def fail(*args): raise error
+    def fail(*args):
+        raise error
+
     monkeypatch.setattr(klrb.compare.scoring, "sample_completions", fail)
     check_error(invoke(folder, monkeypatch, *GOOD), "`batch_tokens` = 4,096; give a smaller one")
 
 
 def test_unreachable_tolerance_prints_the_table_and_fails(folder, monkeypatch):
-    REFERENCE.save_pretrained(folder/"reference"), TOKENIZER.save_pretrained(folder/"reference")
-    answer = invoke(folder, monkeypatch, "good", "reference", "--prompts", "good.txt", "--max-new-tokens", "3", "--tolerance", "0.0001")
+    REFERENCE.save_pretrained(folder / "reference"), TOKENIZER.save_pretrained(folder / "reference")
+    answer = invoke(
+        folder,
+        monkeypatch,
+        "good",
+        "reference",
+        "--prompts",
+        "good.txt",
+        "--max-new-tokens",
+        "3",
+        "--tolerance",
+        "0.0001",
+    )
     check_error(answer, "more rollouts of these prompts cannot reach the tolerance")
     assert "nats per sequence" in answer.stdout
 
@@ -473,21 +695,36 @@ def test_defaults_of_the_command_are_those_of_the_functions():
     options = {o.name: o.default for o in typer.main.get_command(app).commands["measure"].params}
     for function in (measure_kl, measure_text):
         for name, parameter in inspect.signature(function).parameters.items():
-            if name in options and parameter.default is not inspect.Parameter.empty: assert options[name] == parameter.default, name
+            if name in options and parameter.default is not inspect.Parameter.empty:
+                assert options[name] == parameter.default, name
     assert set(inspect.signature(measure_kl).parameters) - set(options) == {"tokenizer", "progress"}
 
 
 def test_json_and_standard_input(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    answer = CliRunner().invoke(app, ["measure", *GOOD[:3], "-", *GOOD[4:], "--json", "--policy-prefix", "b "], input="a b\nc\n")
+    answer = CliRunner().invoke(
+        app,
+        ["measure", *GOOD[:3], "-", *GOOD[4:], "--json", "--policy-prefix", "b "],
+        input="a b\nc\n",
+    )
     found = json.loads(answer.stdout)
-    assert answer.exit_code == 0 and found["prompts"] == 2 and found["results"]["reverse"]["rollouts"] == 4
+    assert (
+        answer.exit_code == 0
+        and found["prompts"] == 2
+        and found["results"]["reverse"]["rollouts"] == 4
+    )
     assert found["models"]["policy"]["fingerprint"] == found["models"]["reference"]["fingerprint"]
-    text = json.loads(CliRunner().invoke(app, ["measure", "good", "good", "--text", "good.txt", "--json"]).stdout)
+    text = json.loads(
+        CliRunner().invoke(app, ["measure", "good", "good", "--text", "good.txt", "--json"]).stdout
+    )
     assert {o["statistic"]: o["value"] for o in text["statistics"]}["maximum"] == 0
 
 
 def test_ctrl_c_prints_the_estimate_so_far(folder, monkeypatch):
     interrupt(monkeypatch, 2)
     answer = invoke(folder, monkeypatch, *GOOD[:-1], "50", "--batch-tokens", "50")
-    assert answer.exit_code == 130 and "stopped: interrupted" in answer.stdout and "RB" in answer.stdout
+    assert (
+        answer.exit_code == 130
+        and "stopped: interrupted" in answer.stdout
+        and "RB" in answer.stdout
+    )

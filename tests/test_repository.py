@@ -2,6 +2,7 @@
 
 Each check is a function from its subject to a list of problems, so that it is also tested on a bad example.
 """
+
 import ast, json, os, re, shutil, subprocess, sys, zipfile
 from pathlib import Path
 
@@ -12,33 +13,52 @@ from packaging.utils import canonicalize_name
 
 import check_sync
 
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 NOTEBOOKS = [o for o in sorted(NBS.glob("**/*.ipynb")) if ".ipynb_checkpoints" not in o.parts]
 EXPERIMENTS = [o for o in NOTEBOOKS if o.parent.name == "experiments"]
-MODULES = sorted(o for o in (ROOT / "klrb").glob("**/*.py") if o.stem not in ("__init__", "__main__", "_modidx"))
-PARTS = ("ground", "theory", "kernels", "judge", "compare", "rlhf", "sweeps", "results")  # in the reader's order
+MODULES = sorted(
+    o for o in (ROOT / "klrb").glob("**/*.py") if o.stem not in ("__init__", "__main__", "_modidx")
+)
+PARTS = (
+    "ground",
+    "theory",
+    "kernels",
+    "judge",
+    "compare",
+    "rlhf",
+    "sweeps",
+    "results",
+)  # in the reader's order
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def found(paths: list) -> list:
     "One test parameter per path; while there is none, one that passes after checking that nothing is there"
-    return [pytest.param(o, id=str(o.relative_to(ROOT))) for o in paths] or [pytest.param(None, id="none yet")]
+    return [pytest.param(o, id=str(o.relative_to(ROOT))) for o in paths] or [
+        pytest.param(None, id="none yet")
+    ]
 
 
-def source(nb) -> str: return "\n".join(o.source for o in nb.cells)
+def source(nb) -> str:
+    return "\n".join(o.source for o in nb.cells)
 
 
 # ---- notebooks ----
 
+
 def anatomy_problems(nb, name: str) -> list:
     "`name` is the path relative to nbs/"
     problems, text = [], "\n".join(o.source for o in nb.cells[:3] if o.cell_type == "markdown")
-    if not re.search(r"^# \S", text, re.M): problems.append("no H1 at the top")
-    if not re.search(r"^> \S", text, re.M): problems.append("no `>` summary line at the top")
+    if not re.search(r"^# \S", text, re.M):
+        problems.append("no H1 at the top")
+    if not re.search(r"^> \S", text, re.M):
+        problems.append("no `>` summary line at the top")
     exports = re.findall(r"^#\|\s*default_exp\s+(\S+)", source(nb), re.M)
     folder, _, file = name.rpartition("/")
     if folder in ("experiments", "results") or name == "index.ipynb":
@@ -57,7 +77,9 @@ def anatomy_problems(nb, name: str) -> list:
     return problems
 
 
-MACHINE_PATH = re.compile(r"(?<![\w.:/~-])(?:/(?:root|home|tmp|work|Users|mnt|opt|private|var|content)/|[A-Z]:\\)[\w.~-]")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/~-])(?:/(?:root|home|tmp|work|Users|mnt|opt|private|var|content)/|[A-Z]:\\)[\w.~-]"
+)
 PROGRESS = re.compile(r"\d+%\|| \d+/\d+ \[|\d(?:it/s|s/it)\b|\r")
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)|-{40,}\s*\n\w*(?:Error|Exception)\b")
 CLOCK = re.compile(r"\b20\d\d-\d\d-\d\d[ T]\d\d:\d\d|\b\d\d:\d\d:\d\d\b")
@@ -66,24 +88,33 @@ CLOCK = re.compile(r"\b20\d\d-\d\d-\d\d[ T]\d\d:\d\d|\b\d\d:\d\d:\d\d\b")
 def output_text(output) -> str:
     "All text a reader could see, from streams and from every textual MIME type"
     data = output.get("data", {})
-    parts = [output.get("text", "")] + [o for k, o in data.items() if k.startswith("text/") or k == "image/svg+xml"]
+    parts = [output.get("text", "")] + [
+        o for k, o in data.items() if k.startswith("text/") or k == "image/svg+xml"
+    ]
     return "\n".join("".join(o) for o in parts)
 
 
 def output_problems(nb) -> list:
     problems = []
     for i, cell in enumerate(nb.cells):
-        if MACHINE_PATH.search(cell.source): problems.append(f"cell {i}: machine path in the source")
+        if MACHINE_PATH.search(cell.source):
+            problems.append(f"cell {i}: machine path in the source")
         outputs = cell.get("outputs", [])
         size = len(json.dumps(outputs))
-        if size > 200_000: problems.append(f"cell {i}: outputs of {size / 1000:.0f} kB, at most 200 are allowed")
+        if size > 200_000:
+            problems.append(f"cell {i}: outputs of {size / 1000:.0f} kB, at most 200 are allowed")
         for output in outputs:
             text = re.sub(r"\x1b\[[0-9;]*m", "", output_text(output))
-            if output.output_type == "error" or TRACEBACK.search(text): problems.append(f"cell {i}: a traceback")
-            if MACHINE_PATH.search(text): problems.append(f"cell {i}: machine path {MACHINE_PATH.search(text)[0]!r}")
-            if PROGRESS.search(text) or "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            if output.output_type == "error" or TRACEBACK.search(text):
+                problems.append(f"cell {i}: a traceback")
+            if MACHINE_PATH.search(text):
+                problems.append(f"cell {i}: machine path {MACHINE_PATH.search(text)[0]!r}")
+            if PROGRESS.search(text) or "application/vnd.jupyter.widget-view+json" in output.get(
+                "data", {}
+            ):
                 problems.append(f"cell {i}: a progress bar")
-            if CLOCK.search(re.sub(r"<dc:date>.*?</dc:date>", "", text)): problems.append(f"cell {i}: a clock time")
+            if CLOCK.search(re.sub(r"<dc:date>.*?</dc:date>", "", text)):
+                problems.append(f"cell {i}: a clock time")
     return problems
 
 
@@ -91,26 +122,38 @@ def parameter_problems(path: Path) -> list:
     "Without its one tagged cell papermill injects above our defaults, which then win"
     nb = nbformat.read(path, as_version=4)
     cells = [o for o in nb.cells if "parameters" in o.metadata.get("tags", [])]
-    if len(cells) != 1: return [f"{len(cells)} cells tagged `parameters`, must be one"]
+    if len(cells) != 1:
+        return [f"{len(cells)} cells tagged `parameters`, must be one"]
     problems, names = [], []
     for node in ast.parse(cells[0].source).body:
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None):
+        if not (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and node.value is not None
+        ):
             problems.append(f"`{ast.unparse(node)}` is not `name: type = value  # comment`")
-        else: names.append(node.target.id)
+        else:
+            names.append(node.target.id)
     seen = papermill.inspect_notebook(str(path))
-    if lost := [o for o in names if o not in seen]: problems.append(f"papermill does not see {lost}")
-    problems += [f"`{o}` has no comment" for o in names if o in seen and not seen[o]["help"].strip()]
-    if not names: problems.append("no parameters")
+    if lost := [o for o in names if o not in seen]:
+        problems.append(f"papermill does not see {lost}")
+    problems += [
+        f"`{o}` has no comment" for o in names if o in seen and not seen[o]["help"].strip()
+    ]
+    if not names:
+        problems.append("no parameters")
     return problems
 
 
 @pytest.mark.parametrize("path", found(NOTEBOOKS))
 def test_notebook_anatomy_and_outputs(path):
-    if path is None: return test_no_notebook_is_hidden_from_nbdev_test()
+    if path is None:
+        return test_no_notebook_is_hidden_from_nbdev_test()
     nb = nbformat.read(path, as_version=4)
     size = path.stat().st_size
     problems = anatomy_problems(nb, path.relative_to(NBS).as_posix()) + output_problems(nb)
-    if size > 1_500_000: problems.append(f"notebook of {size / 1000:.0f} kB, at most 1,500 are allowed")
+    if size > 1_500_000:
+        problems.append(f"notebook of {size / 1000:.0f} kB, at most 1,500 are allowed")
     assert not problems
 
 
@@ -123,8 +166,12 @@ def test_experiment_parameters(path):
 
 
 def test_no_notebook_is_hidden_from_nbdev_test():
-    hidden = [o for o in NBS.glob("**/*.ipynb") if ".ipynb_checkpoints" not in o.parts
-              and any(p.startswith(("_", ".")) for p in o.relative_to(NBS).parts)]
+    hidden = [
+        o
+        for o in NBS.glob("**/*.ipynb")
+        if ".ipynb_checkpoints" not in o.parts
+        and any(p.startswith(("_", ".")) for p in o.relative_to(NBS).parts)
+    ]
     assert not hidden + list(NBS.glob("**/.notest"))
 
 
@@ -147,22 +194,42 @@ def test_no_two_chapters_share_a_number():
     assert all(last < first for (_, last), (first, _) in zip(ends, ends[1:]))
 
 
-@pytest.mark.parametrize("text, problem", [
-    ("saved to /home/someone/run", "machine path"), ("File '/tmp/x.csv'", "machine path"),
-    ("Traceback (most recent call last):\n ...", "traceback"), ("100%|#####| 3/3 [00:01<00:00, 2.5it/s]", "progress bar"),
-    ("step 1\rstep 2", "progress bar"), ("started 2026-01-02 10:11", "clock time"), ("x" * 200_001, "200 are allowed")])
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("saved to /home/someone/run", "machine path"),
+        ("File '/tmp/x.csv'", "machine path"),
+        ("Traceback (most recent call last):\n ...", "traceback"),
+        ("100%|#####| 3/3 [00:01<00:00, 2.5it/s]", "progress bar"),
+        ("step 1\rstep 2", "progress bar"),
+        ("started 2026-01-02 10:11", "clock time"),
+        ("x" * 200_001, "200 are allowed"),
+    ],
+)
 def test_output_check_finds_problems(text, problem):
-    cell = lambda text: new_notebook(cells=[new_code_cell("1", outputs=[new_output("stream", text=text)])])
+    cell = lambda text: new_notebook(
+        cells=[new_code_cell("1", outputs=[new_output("stream", text=text)])]
+    )
     assert problem in output_problems(cell(text))[0]
-    assert not output_problems(cell("k3/k1 0.28 in 3 s; https://arxiv.org/home/x; ../outputs/tmp/x; 50% | 3"))
+    assert not output_problems(
+        cell("k3/k1 0.28 in 3 s; https://arxiv.org/home/x; ../outputs/tmp/x; 50% | 3")
+    )
 
 
-@pytest.mark.parametrize("tag, text, problem", [
-    ("parameters", "beta: float = 0.1  # weight of the KL term", None),
-    ("other", "beta: float = 0.1  # weight", "0 cells tagged"),
-    ("parameters", "beta: float = 0.1", "no comment"),
-    ("parameters", "import os", "is not `name: type"),
-    ("parameters", 'beta: str = "a=b"  # two equal signs; papermill drops such a name', "does not see")])
+@pytest.mark.parametrize(
+    "tag, text, problem",
+    [
+        ("parameters", "beta: float = 0.1  # weight of the KL term", None),
+        ("other", "beta: float = 0.1  # weight", "0 cells tagged"),
+        ("parameters", "beta: float = 0.1", "no comment"),
+        ("parameters", "import os", "is not `name: type"),
+        (
+            "parameters",
+            'beta: str = "a=b"  # two equal signs; papermill drops such a name',
+            "does not see",
+        ),
+    ],
+)
 def test_parameter_check_finds_problems(tmp_path, tag, text, problem):
     metadata = {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}
     cell = new_code_cell(text, metadata={"tags": [tag]})
@@ -172,6 +239,7 @@ def test_parameter_check_finds_problems(tmp_path, tag, text, problem):
 
 
 # ---- modules ----
+
 
 @pytest.mark.parametrize("path", found(MODULES))
 def test_module_comes_from_a_notebook(path):
@@ -183,12 +251,16 @@ def test_module_comes_from_a_notebook(path):
 def test_imports_run_one_way():
     "The contracts are in pyproject.toml; the layers are the parts of the book"
     lint = Path(sys.executable).parent / "lint-imports"
-    done = subprocess.run([sys.executable, lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, lint, "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_contract_finds_an_import_that_runs_up(tmp_path):
-    shutil.copytree(ROOT / "klrb", tmp_path / "klrb", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copytree(
+        ROOT / "klrb", tmp_path / "klrb", ignore=shutil.ignore_patterns("assets", "__pycache__")
+    )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     with (tmp_path / "klrb" / "models.py").open("a") as file:
         file.write("\nfrom klrb.rlhf import profiles\n")
@@ -196,7 +268,9 @@ def test_the_contract_finds_an_import_that_runs_up(tmp_path):
     env = os.environ | dict(PYTHONPATH=str(tmp_path))
     command = [sys.executable, lint, "--no-cache"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode != 0 and "klrb.models -> klrb.rlhf" in done.stdout.replace("klrb.rlhf.profiles", "klrb.rlhf")
+    assert done.returncode != 0 and "klrb.models -> klrb.rlhf" in done.stdout.replace(
+        "klrb.rlhf.profiles", "klrb.rlhf"
+    )
 
 
 LIBRARY = ("exact", "steps", "estimators", "gradients", "fused", "update", "errors", "style")
@@ -206,8 +280,21 @@ def test_library_imports_without_the_study_stack():
     "In a fresh process, because pytest itself may have loaded any of them"
     names = [o for o in LIBRARY if (ROOT / "klrb" / f"{o}.py").is_file()]
     imports = "; ".join(["import klrb", *(f"import klrb.{o}" for o in names)])
-    heavy = ["transformers", "trl", "datasets", "accelerate", "pandas", "sklearn", "scipy", "seaborn", "matplotlib",
-             "papermill", "nbdev", "fastcore", "execnb"]
+    heavy = [
+        "transformers",
+        "trl",
+        "datasets",
+        "accelerate",
+        "pandas",
+        "sklearn",
+        "scipy",
+        "seaborn",
+        "matplotlib",
+        "papermill",
+        "nbdev",
+        "fastcore",
+        "execnb",
+    ]
     code = f"{imports}; import sys; print(*[o for o in {heavy} if o in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -216,11 +303,13 @@ def test_library_imports_without_the_study_stack():
 
 # ---- package and pins ----
 
+
 def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "klrb", tree / "klrb", ignore=shutil.ignore_patterns("__pycache__"))
     for name in "pyproject.toml", "LICENSE", "README.md":
-        if (ROOT / name).exists(): shutil.copy(ROOT / name, tree)
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree)
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -231,24 +320,34 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
 
 
 def test_plain_install_needs_only_torch():
-    assert [canonicalize_name(Requirement(o).name) for o in PYPROJECT["project"]["dependencies"]] == ["torch"]
+    assert [
+        canonicalize_name(Requirement(o).name) for o in PYPROJECT["project"]["dependencies"]
+    ] == ["torch"]
 
 
 def unpinned(requirements: list, constraints: str, python: str) -> list:
     "Requirements without exactly one pin that satisfies them under this Python version"
-    env = {"python_version": python, "python_full_version": python + ".12", "sys_platform": "linux", "extra": ""}
+    env = {
+        "python_version": python,
+        "python_full_version": python + ".12",
+        "sys_platform": "linux",
+        "extra": "",
+    }
     pins = {}
     for line in constraints.splitlines():
-        if not (text := line.partition("#")[0].strip()): continue
+        if not (text := line.partition("#")[0].strip()):
+            continue
         pin = Requirement(text)
         if pin.marker is None or pin.marker.evaluate(env):
             versions = [o.version for o in pin.specifier if o.operator == "=="]
             pins.setdefault(canonicalize_name(pin.name), []).extend(versions or ["unpinned"])
     bad = []
     for o in map(Requirement, requirements):
-        if o.marker is not None and not o.marker.evaluate(env): continue
+        if o.marker is not None and not o.marker.evaluate(env):
+            continue
         versions = pins.get(canonicalize_name(o.name), [])
-        if len(versions) != 1 or not o.specifier.contains(versions[0]): bad.append(f"{o}: {versions}")
+        if len(versions) != 1 or not o.specifier.contains(versions[0]):
+            bad.append(f"{o}: {versions}")
     return bad
 
 
@@ -257,10 +356,13 @@ def test_constraints_pin_every_requirement(python):
     extras = PYPROJECT["project"]["optional-dependencies"]
     assert {"study", "dev"} <= set(extras)
     wanted = PYPROJECT["project"]["dependencies"] + extras["dev"]
-    if python != "3.10": wanted = wanted + [o for k, v in extras.items() if k != "dev" for o in v]  # TRL needs 3.11
+    if python != "3.10":
+        wanted = wanted + [o for k, v in extras.items() if k != "dev" for o in v]  # TRL needs 3.11
     text = (ROOT / "constraints.txt").read_text()
     assert not unpinned(wanted, text, python)
-    assert not re.search(r"^(nvidia-|cuda-|triton)|/|@", re.sub(r"#.*", "", text), re.M), "accelerators or addresses"
+    assert not re.search(r"^(nvidia-|cuda-|triton)|/|@", re.sub(r"#.*", "", text), re.M), (
+        "accelerators or addresses"
+    )
 
 
 def test_pin_check_finds_problems():
@@ -271,18 +373,29 @@ def test_pin_check_finds_problems():
 
 # ---- generated files ----
 
+
 def test_readme_rendering():
-    output = [new_output("stream", text="0.5\n"), new_output("execute_result", data={"text/plain": "3", "text/html": "<b>3</b>"})]
-    nb = new_notebook(cells=[
-        new_code_cell("#| hide\nimport os"), new_code_cell("#|hide\nimport os"),
-        new_markdown_cell("# klrb\n\n> Less noise.\n\n![front](../outputs/published/pocket/figures/pareto.svg) [next](judge/30_tabular.ipynb#a)\n"
-                          '<img src="../outputs/x.svg"> [paper](https://arxiv.org/abs/2504.10637) [below](#use)'),
-        new_code_cell("#| eval: false\n\nprint(0.5)\n1 + 2", outputs=output)])
+    output = [
+        new_output("stream", text="0.5\n"),
+        new_output("execute_result", data={"text/plain": "3", "text/html": "<b>3</b>"}),
+    ]
+    nb = new_notebook(
+        cells=[
+            new_code_cell("#| hide\nimport os"),
+            new_code_cell("#|hide\nimport os"),
+            new_markdown_cell(
+                "# klrb\n\n> Less noise.\n\n![front](../outputs/published/pocket/figures/pareto.svg) [next](judge/30_tabular.ipynb#a)\n"
+                '<img src="../outputs/x.svg"> [paper](https://arxiv.org/abs/2504.10637) [below](#use)'
+            ),
+            new_code_cell("#| eval: false\n\nprint(0.5)\n1 + 2", outputs=output),
+        ]
+    )
     text = check_sync.render_readme(nb)
     assert text == check_sync.README_NOTE + (
         "# klrb\n\n> Less noise.\n\n![front](outputs/published/pocket/figures/pareto.svg) [next](nbs/judge/30_tabular.ipynb#a)\n"
         '<img src="outputs/x.svg"> [paper](https://arxiv.org/abs/2504.10637) [below](#use)\n\n'
-        "```python\nprint(0.5)\n1 + 2\n```\n\n```text\n0.5\n```\n\n```text\n3\n```\n")
+        "```python\nprint(0.5)\n1 + 2\n```\n\n```text\n0.5\n```\n\n```text\n3\n```\n"
+    )
     image = new_output("display_data", data={"image/png": "aaaa", "text/plain": "<Figure>"})
     with pytest.raises(ValueError, match="link the saved file"):
         check_sync.render_readme(new_notebook(cells=[new_code_cell("plot()", outputs=[image])]))
@@ -290,10 +403,13 @@ def test_readme_rendering():
 
 def test_readme_is_current_and_its_links_resolve():
     assert check_sync.readme(check=True) == ""
-    if not (ROOT / "README.md").exists(): return
+    if not (ROOT / "README.md").exists():
+        return
     text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
     links = re.findall(r"""\]\(\s*([^)\s]+)|\b(?:src|href)=["']([^"']+)""", text)
-    local = [o for pair in links for o in pair if o and not re.match(r"[a-z][a-z0-9+.-]*:|#", o, re.I)]
+    local = [
+        o for pair in links for o in pair if o and not re.match(r"[a-z][a-z0-9+.-]*:|#", o, re.I)
+    ]
     assert not [o for o in local if not (ROOT / o.partition("#")[0]).exists()]
 
 

@@ -1,4 +1,5 @@
 """A training run that was killed goes on as if nothing had happened."""
+
 import pandas as pd
 import pytest
 import torch
@@ -9,43 +10,93 @@ from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
 from klrb.rloo import rloo_config, train_rloo
 
-PROMPTS = Dataset.from_dict(dict(prompt=["The film", "I saw this film with", "Never", "It was a bit of a", "This", "A story", "He", "My"]))
+PROMPTS = Dataset.from_dict(
+    dict(
+        prompt=[
+            "The film",
+            "I saw this film with",
+            "Never",
+            "It was a bit of a",
+            "This",
+            "A story",
+            "He",
+            "My",
+        ]
+    )
+)
 UPDATES = 20  # of 4 per generation batch and 8 per epoch: two epochs and a half
 
 
-class Killed(Exception): pass
+class Killed(Exception):
+    pass
 
 
-def train(folder, updates=UPDATES, kill_at=None, save_every=4, resume=True, learning_rate=1e-3, policy=None, reference=True):
+def train(
+    folder,
+    updates=UPDATES,
+    kill_at=None,
+    save_every=4,
+    resume=True,
+    learning_rate=1e-3,
+    policy=None,
+    reference=True,
+):
     """Metrics without times, and weights. `kill_at`: the generation batch, counted from 1, whose reward ends the run."""
     folder.mkdir(exist_ok=True)
     calls = []
+
     def reward(completions, prompts, **kwargs):
         calls.append(1)
-        if len(calls) == kill_at: raise Killed
+        if len(calls) == kill_at:
+            raise Killed
         return [float(c.count("e")) for c in completions]
+
     profile = get_profile("smoke", num_iterations=4, learning_rate=learning_rate)
-    config = rloo_config(profile, folder/"trainer", "rb", beta=0.3, seed=3, updates=updates, save_every=save_every)
-    policy = train_rloo(policy or load_model("tiny-random", seed=1), load_model("tiny-random", seed=0) if reference else None,
-                        load_tokenizer("tiny-random"), PROMPTS, reward, config, folder/"metrics.csv", resume=resume, start="reference")
-    return (folder/"metrics.csv").read_text(), policy.state_dict(), len(calls)
+    config = rloo_config(
+        profile, folder / "trainer", "rb", beta=0.3, seed=3, updates=updates, save_every=save_every
+    )
+    policy = train_rloo(
+        policy or load_model("tiny-random", seed=1),
+        load_model("tiny-random", seed=0) if reference else None,
+        load_tokenizer("tiny-random"),
+        PROMPTS,
+        reward,
+        config,
+        folder / "metrics.csv",
+        resume=resume,
+        start="reference",
+    )
+    return (folder / "metrics.csv").read_text(), policy.state_dict(), len(calls)
 
 
-def curve(text): return [line for line in text.splitlines() if ",seconds," not in line]
+def curve(text):
+    return [line for line in text.splitlines() if ",seconds," not in line]
 
 
-def checkpoints(folder): return sorted(o.name for o in (folder/"trainer").glob("checkpoint-*"))
+def checkpoints(folder):
+    return sorted(o.name for o in (folder / "trainer").glob("checkpoint-*"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory): return train(tmp_path_factory.mktemp("whole")/"run", save_every=0)
+def undisturbed(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("whole") / "run", save_every=0)
 
 
-@pytest.mark.parametrize("kill_at, kept", [(4, 12), (5, 16), (1, None)], ids=["inside an epoch", "between epochs", "before any checkpoint"])
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, undisturbed, kill_at, kept):
-    with pytest.raises(Killed): train(tmp_path, kill_at=kill_at)
+@pytest.mark.parametrize(
+    "kill_at, kept",
+    [(4, 12), (5, 16), (1, None)],
+    ids=["inside an epoch", "between epochs", "before any checkpoint"],
+)
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
+    tmp_path, undisturbed, kill_at, kept
+):
+    with pytest.raises(Killed):
+        train(tmp_path, kill_at=kill_at)
     assert checkpoints(tmp_path) == ([f"checkpoint-{kept}"] if kept else [])
-    if kept: assert pd.read_csv(tmp_path/"metrics.csv").step.max() == kept  # the last update of the last whole batch
+    if kept:
+        assert (
+            pd.read_csv(tmp_path / "metrics.csv").step.max() == kept
+        )  # the last update of the last whole batch
     metrics, weights, generated = train(tmp_path)
     assert curve(metrics) == curve(undisturbed[0])
     assert all(torch.equal(weights[name], value) for name, value in undisturbed[1].items())
@@ -54,46 +105,60 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path, undistu
 
 def test_a_run_killed_twice_equals_the_uninterrupted_one(tmp_path, undisturbed):
     for kill_at in (3, 2):
-        with pytest.raises(Killed): train(tmp_path, kill_at=kill_at)
+        with pytest.raises(Killed):
+            train(tmp_path, kill_at=kill_at)
     assert checkpoints(tmp_path) == ["checkpoint-12"]
     assert curve(train(tmp_path)[0]) == curve(undisturbed[0])
 
 
 def test_damaged_and_foreign_checkpoints_are_not_used(tmp_path, undisturbed):
-    with pytest.raises(Killed): train(tmp_path, kill_at=4)
-    trainer = tmp_path/"trainer"
-    (trainer/"checkpoint-16").mkdir()  # killed while it was written: everything but the last file
-    for file in (trainer/"checkpoint-12").iterdir():
-        if file.name != "complete.json": (trainer/"checkpoint-16"/file.name).write_bytes(file.read_bytes()[:100])
-    with (tmp_path/"metrics.csv").open("a") as file: file.write("rb,3,refer")  # and a row cut short
+    with pytest.raises(Killed):
+        train(tmp_path, kill_at=4)
+    trainer = tmp_path / "trainer"
+    (trainer / "checkpoint-16").mkdir()  # killed while it was written: everything but the last file
+    for file in (trainer / "checkpoint-12").iterdir():
+        if file.name != "complete.json":
+            (trainer / "checkpoint-16" / file.name).write_bytes(file.read_bytes()[:100])
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("rb,3,refer")  # and a row cut short
     metrics, _, generated = train(tmp_path)
     assert curve(metrics) == curve(undisturbed[0]) and generated == 2
-    with pytest.raises(Killed): train(tmp_path, kill_at=4, resume=False)
+    with pytest.raises(Killed):
+        train(tmp_path, kill_at=4, resume=False)
     assert train(tmp_path, learning_rate=2e-3)[2] == 5  # another run: it starts over
 
 
 def test_checkpoints_are_between_generation_batches_and_contain_no_pickle_that_is_trusted(tmp_path):
-    with pytest.raises(Killed): train(tmp_path, kill_at=3, save_every=5)  # rounded up to 8
+    with pytest.raises(Killed):
+        train(tmp_path, kill_at=3, save_every=5)  # rounded up to 8
     assert checkpoints(tmp_path) == ["checkpoint-8"]
-    folder = tmp_path/"trainer"/"checkpoint-8"
-    assert load_file(folder/"model.safetensors")
-    for name in ("optimizer.pt", "scheduler.pt"): torch.load(folder/name, weights_only=True)
+    folder = tmp_path / "trainer" / "checkpoint-8"
+    assert load_file(folder / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        torch.load(folder / name, weights_only=True)
 
 
 def test_nothing_is_saved_at_the_end_or_without_being_asked(tmp_path):
-    train(tmp_path/"a", updates=4)
-    train(tmp_path/"b", updates=8, save_every=0)
-    assert checkpoints(tmp_path/"a") == checkpoints(tmp_path/"b") == []
+    train(tmp_path / "a", updates=4)
+    train(tmp_path / "b", updates=8, save_every=0)
+    assert checkpoints(tmp_path / "a") == checkpoints(tmp_path / "b") == []
 
 
 def test_a_policy_with_adapters_resumes_too(tmp_path):
     peft = pytest.importorskip("peft")
+
     def policy():
         torch.manual_seed(0)
-        return peft.get_peft_model(load_model("tiny-random", seed=1),
-                                   peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True))
-    whole, weights, _ = train(tmp_path/"whole", updates=8, policy=policy(), reference=False)
-    with pytest.raises(Killed): train(tmp_path/"killed", updates=8, kill_at=2, policy=policy(), reference=False)
-    metrics, resumed, generated = train(tmp_path/"killed", updates=8, policy=policy(), reference=False)
+        return peft.get_peft_model(
+            load_model("tiny-random", seed=1),
+            peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True),
+        )
+
+    whole, weights, _ = train(tmp_path / "whole", updates=8, policy=policy(), reference=False)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", updates=8, kill_at=2, policy=policy(), reference=False)
+    metrics, resumed, generated = train(
+        tmp_path / "killed", updates=8, policy=policy(), reference=False
+    )
     assert curve(metrics) == curve(whole) and generated == 1
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())

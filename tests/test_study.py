@@ -3,6 +3,7 @@
 The notebook under test writes a curve that is computed here again, so that what a sweep leaves behind has an independent
 oracle. It keeps a checkpoint after every update, as the trainer does.
 """
+
 import csv
 import json
 import os
@@ -27,16 +28,25 @@ from klrb.cli import app
 from klrb.sweeps.notebooks import execute, make_runs, read_grid, read_template, write_template
 from klrb.files import digest
 from klrb.sweeps.runs import read_record
-from klrb.sweeps.study import Execution, SweepFailed, known_costs, report, retry, share_cores, status, sweep
+from klrb.sweeps.study import (
+    Execution,
+    SweepFailed,
+    known_costs,
+    report,
+    retry,
+    share_cores,
+    status,
+    sweep,
+)
 
-PARAMETERS = '''seed: int = 0  # of the curve
+PARAMETERS = """seed: int = 0  # of the curve
 beta: float = 0.5  # of the curve
 updates: int = 5  # rows of the curve
 pause: float = 0.0  # seconds per update
 mode: str = "work"  # or a way to fail
-out_dir: str = "."  # folder'''
+out_dir: str = "."  # folder"""
 
-CURVE = '''import json, os, random, signal, time
+CURVE = """import json, os, random, signal, time
 from pathlib import Path
 out = Path(out_dir)
 if mode == "raise": raise ValueError(f"beta is {beta}\\nand more")
@@ -57,7 +67,7 @@ for step in range(done + 1, updates + 1):
 if mode != "silent":
     (out/"result.json.tmp").write_text(json.dumps(dict(reward=value, seed=seed, beta=beta)))
     os.replace(out/"result.json.tmp", out/"result.json")
-(out/"checkpoint.json").unlink(missing_ok=True)'''
+(out/"checkpoint.json").unlink(missing_ok=True)"""
 
 
 def curve(seed, beta, updates):
@@ -69,37 +79,64 @@ def curve(seed, beta, updates):
 
 
 def write_notebook(path, parameters=PARAMETERS, body=CURVE, tags=("parameters",)):
-    cells = [nbformat.v4.new_code_cell(parameters, metadata=dict(tags=list(tags))), nbformat.v4.new_code_cell(body)]
+    cells = [
+        nbformat.v4.new_code_cell(parameters, metadata=dict(tags=list(tags))),
+        nbformat.v4.new_code_cell(body),
+    ]
     kernel = dict(name="python3", display_name="python3", language="python")
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel)), path)
     return path
 
 
 @pytest.fixture
-def notebook(tmp_path): return write_notebook(tmp_path/"curve.ipynb")
+def notebook(tmp_path):
+    return write_notebook(tmp_path / "curve.ipynb")
 
 
 @pytest.fixture
 def no_kernel(monkeypatch):
     "Runs in this process, for what does not depend on kernels and workers; returns the list of the runs that were executed"
     executed = []
+
     def fake(run, descriptor, threads, log, started):
         executed.append(run.name)
         scope = dict(run.parameters, **run.folders, out_dir=str(run.folder))
         exec("".join(json.loads(run.notebook.read_text())["cells"][1]["source"]), scope)
+
     monkeypatch.setattr(notebooks, "_papermill", fake)
     monkeypatch.setattr(notebooks, "environment", dict)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(study, "run_all", lambda runs, execution, costs=None: {run.key: execute(run) for run in runs})
+    monkeypatch.setattr(
+        study,
+        "run_all",
+        lambda runs, execution, costs=None: {run.key: execute(run) for run in runs},
+    )
     return executed
 
 
 def start(notebook, out, *options):
     "A sweep from the command line, in a process group of its own"
-    command = [sys.executable, "-c", "from klrb.cli import app; app()", "sweep", str(notebook), "--out", str(out), *map(str, options)]
-    hear_interrupts = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, such as these tests, ignore it
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            preexec_fn=hear_interrupts)
+    command = [
+        sys.executable,
+        "-c",
+        "from klrb.cli import app; app()",
+        "sweep",
+        str(notebook),
+        "--out",
+        str(out),
+        *map(str, options),
+    ]
+    hear_interrupts = lambda: signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # a shell's background jobs, such as these tests, ignore it
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hear_interrupts,
+    )
 
 
 def finish(process):
@@ -112,19 +149,26 @@ def finish(process):
 def check_finished(out, seeds, betas, updates):
     "Every run once, every curve and result as computed here, nothing else left behind"
     found = {}
-    for folder in (out/"curve").iterdir():
-        record, result = read_record(folder), json.loads((folder/"result.json").read_text())
+    for folder in (out / "curve").iterdir():
+        record, result = read_record(folder), json.loads((folder / "result.json").read_text())
         assert record["state"] == "done" and folder.name.endswith(record["identity"][:12])
         cell = record["parameters"]["seed"], record["parameters"]["beta"]
         assert cell not in found
-        rows = list(csv.reader((folder/"metrics.csv").open()))
+        rows = list(csv.reader((folder / "metrics.csv").open()))
         expected = curve(*cell, updates)
         assert rows == [["seed", "step", "metric", "value", "unit"], *expected]
         assert result == dict(reward=float(expected[-1][3]), seed=cell[0], beta=cell[1])
-        nbformat.validate(nbformat.read(folder/"executed.ipynb", as_version=4))
-        assert sorted(p.name for p in folder.iterdir()) == ["environment.json", "executed.ipynb", "log.txt", "metrics.csv",
-                                                            "params.json", "result.json", "run.json"]
-        found[cell] = (folder/"result.json").stat().st_mtime_ns
+        nbformat.validate(nbformat.read(folder / "executed.ipynb", as_version=4))
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "environment.json",
+            "executed.ipynb",
+            "log.txt",
+            "metrics.csv",
+            "params.json",
+            "result.json",
+            "run.json",
+        ]
+        found[cell] = (folder / "result.json").stat().st_mtime_ns
     assert sorted(found) == sorted((seed, beta) for seed in range(seeds) for beta in betas)
     assert sorted(p.name for p in out.iterdir()) == ["curve", "notebooks", "sweep.json"]
     assert {row["state"] for row in status(out)} == {"done"}
@@ -133,8 +177,10 @@ def check_finished(out, seeds, betas, updates):
 
 def gone_is_none(ask):
     "What a process says of itself; None when it has ended meanwhile, or is a zombie, or is somebody else's"
-    try: return ask()
-    except psutil.Error: return None
+    try:
+        return ask()
+    except psutil.Error:
+        return None
 
 
 def workers_of(process):
@@ -160,6 +206,7 @@ def until(condition, seconds=300):
 
 # Killed at random moments
 
+
 def torment(notebook, out, blows, options):
     """A sweep that receives `blows`, each a call that waits and what to kill then, started anew whenever it has ended.
     Returns what was killed, and the time stamps of results that were seen finished before the last blow."""
@@ -168,12 +215,14 @@ def torment(notebook, out, blows, options):
     for wait, target in blows:
         wait()
         for folder in out.glob("curve/*"):
-            if read_record(folder).get("state") == "done": seen.setdefault(folder.name, (folder/"result.json").stat().st_mtime_ns)
+            if read_record(folder).get("state") == "done":
+                seen.setdefault(folder.name, (folder / "result.json").stat().st_mtime_ns)
         if process.poll() is not None:  # had finished: a finished sweep is killed, too
             process.communicate()
             process = start(notebook, out, *options)
         workers = workers_of(process)
-        if target == "worker" and workers: gone_is_none(workers[len(killed) % len(workers)].kill)
+        if target == "worker" and workers:
+            gone_is_none(workers[len(killed) % len(workers)].kill)
         else:
             target = "sweep"
             process.kill()
@@ -186,22 +235,36 @@ def torment(notebook, out, blows, options):
 
 def check_torment(notebook, out, blows, seeds, betas, updates, pause):
     grid = dict(beta=",".join(map(str, betas)), updates=updates, pause=pause)
-    options = [o for item in grid.items() for o in ("--grid", "=".join(map(str, item)))] + ["--seeds", seeds]
+    options = [o for item in grid.items() for o in ("--grid", "=".join(map(str, item)))] + [
+        "--seeds",
+        seeds,
+    ]
     killed, seen = torment(notebook, out, blows, options)
     until(lambda: not at_work_in(out))
     stamps = check_finished(out, seeds, betas, updates)
-    for name, stamp in seen.items(): assert (out/"curve"/name/"result.json").stat().st_mtime_ns == stamp, "a finished run was made again"
+    for name, stamp in seen.items():
+        assert (out / "curve" / name / "result.json").stat().st_mtime_ns == stamp, (
+            "a finished run was made again"
+        )
     assert len(stamps) == seeds * len(betas)
     return killed
 
 
 def test_a_sweep_that_is_killed_finishes_as_if_nothing_had_happened(notebook, tmp_path):
     """A worker is killed while the first run is at work, the sweep when that run, and any other, has made its way again."""
-    out = tmp_path/"out"
+    out = tmp_path / "out"
     reached = lambda: sum(study.last_update(folder) or 0 for folder in out.glob("curve/*"))
     at_work = lambda: until(lambda: reached() >= 1)
     further = lambda: until(lambda: reached() >= 10)
-    killed = check_torment(notebook, out, [(at_work, "worker"), (further, "sweep")], seeds=2, betas=[0.1, 0.5], updates=8, pause=0.1)
+    killed = check_torment(
+        notebook,
+        out,
+        [(at_work, "worker"), (further, "sweep")],
+        seeds=2,
+        betas=[0.1, 0.5],
+        updates=8,
+        pause=0.1,
+    )
     assert killed == ["worker", "sweep"]
 
 
@@ -211,16 +274,35 @@ def test_thirty_kills(notebook, tmp_path, repetition):
     """Twelve runs, killed at thirty random moments. The tally goes to outputs/published/sweep/crash.csv."""
     began, rng = time.perf_counter(), random.Random(repetition)
     grid = dict(seeds=4, betas=[0.1, 0.5, 0.9], updates=20, pause=0.15)
-    check_torment(notebook, tmp_path/"calm", [], **grid)
-    blows = [(lambda delay=rng.uniform(0.3, 5): time.sleep(delay), rng.choice(["worker", "sweep"])) for _ in range(30)]
-    killed = check_torment(notebook, tmp_path/"out", blows, **grid)
-    attempts = [len(read_record(folder)["attempts"]) for folder in (tmp_path/"out"/"curve").iterdir()]
-    for folder in (tmp_path/"calm"/"curve").iterdir():
-        for name in ("metrics.csv", "result.json"): assert digest(folder/name) == digest(tmp_path/"out"/"curve"/folder.name/name)
-    path = Path(__file__).parents[1]/"outputs"/"published"/"sweep"/"crash.csv"
-    rows = [row for row in csv.DictReader(path.open()) if row["repetition"] != str(repetition)] if path.is_file() else []
-    rows.append(dict(repetition=repetition, runs=len(attempts), sweeps_killed=killed.count("sweep"), workers_killed=killed.count("worker"),
-                     identical_runs=len(attempts), failed_attempts=sum(attempts) - len(attempts), seconds=round(time.perf_counter() - began)))
+    check_torment(notebook, tmp_path / "calm", [], **grid)
+    blows = [
+        (lambda delay=rng.uniform(0.3, 5): time.sleep(delay), rng.choice(["worker", "sweep"]))
+        for _ in range(30)
+    ]
+    killed = check_torment(notebook, tmp_path / "out", blows, **grid)
+    attempts = [
+        len(read_record(folder)["attempts"]) for folder in (tmp_path / "out" / "curve").iterdir()
+    ]
+    for folder in (tmp_path / "calm" / "curve").iterdir():
+        for name in ("metrics.csv", "result.json"):
+            assert digest(folder / name) == digest(tmp_path / "out" / "curve" / folder.name / name)
+    path = Path(__file__).parents[1] / "outputs" / "published" / "sweep" / "crash.csv"
+    rows = (
+        [row for row in csv.DictReader(path.open()) if row["repetition"] != str(repetition)]
+        if path.is_file()
+        else []
+    )
+    rows.append(
+        dict(
+            repetition=repetition,
+            runs=len(attempts),
+            sweeps_killed=killed.count("sweep"),
+            workers_killed=killed.count("worker"),
+            identical_runs=len(attempts),
+            failed_attempts=sum(attempts) - len(attempts),
+            seconds=round(time.perf_counter() - began),
+        )
+    )
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -230,46 +312,89 @@ def test_thirty_kills(notebook, tmp_path, repetition):
 @pytest.mark.slow
 def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
     """Two arms of the real experiment, workers killed while they train: curves and evaluations as without."""
-    rloo = Path(__file__).parents[1]/"nbs"/"experiments"/"rloo.ipynb"
-    options = ["--profile", "smoke", "--grid", "kl_estimator=mc,rb", "--grid", "updates=60", "--grid", "save_every=2", "--seeds", 1,
-               "--cache", tmp_path/"cache"]
-    finish(start(rloo, tmp_path/"calm", *options))
-    kinds = {p.suffix for p in (tmp_path/"cache"/"prepare").rglob("*") if p.is_file()}
-    assert kinds <= {".safetensors", ".json", ".csv", ".parquet", ".ipynb", ".txt"}  # nothing that is unpickled
-    process, kills, killed_at = start(rloo, tmp_path/"out", *options), 4, {}
+    rloo = Path(__file__).parents[1] / "nbs" / "experiments" / "rloo.ipynb"
+    options = [
+        "--profile",
+        "smoke",
+        "--grid",
+        "kl_estimator=mc,rb",
+        "--grid",
+        "updates=60",
+        "--grid",
+        "save_every=2",
+        "--seeds",
+        1,
+        "--cache",
+        tmp_path / "cache",
+    ]
+    finish(start(rloo, tmp_path / "calm", *options))
+    kinds = {p.suffix for p in (tmp_path / "cache" / "prepare").rglob("*") if p.is_file()}
+    assert kinds <= {
+        ".safetensors",
+        ".json",
+        ".csv",
+        ".parquet",
+        ".ipynb",
+        ".txt",
+    }  # nothing that is unpickled
+    process, kills, killed_at = start(rloo, tmp_path / "out", *options), 4, {}
     while kills and process.poll() is None:
         time.sleep(1)
-        for folder in (tmp_path/"out"/"rloo").glob("*"):
+        for folder in (tmp_path / "out" / "rloo").glob("*"):
             update = study.last_update(folder) or 0
-            if update >= killed_at.get(folder, 0) + 10 and list(folder.glob("trainer/checkpoint-*")):
+            if update >= killed_at.get(folder, 0) + 10 and list(
+                folder.glob("trainer/checkpoint-*")
+            ):
                 worker = next((gone_is_none(o.parent) for o in at_work_in(folder)), None)
-                if worker is None: continue  # the run has just ended
+                if worker is None:
+                    continue  # the run has just ended
                 gone_is_none(worker.kill)
                 killed_at[folder], kills = update, kills - 1
                 break
     finish(process)
     assert kills == 0
-    for calm in (tmp_path/"calm"/"rloo").iterdir():
-        folder = tmp_path/"out"/"rloo"/calm.name
-        curves = [[row for row in csv.DictReader((o/"metrics.csv").open()) if row["metric"] != "seconds"] for o in (calm, folder)]
+    for calm in (tmp_path / "calm" / "rloo").iterdir():
+        folder = tmp_path / "out" / "rloo" / calm.name
+        curves = [
+            [
+                row
+                for row in csv.DictReader((o / "metrics.csv").open())
+                if row["metric"] != "seconds"
+            ]
+            for o in (calm, folder)
+        ]
         assert curves[0] == curves[1] and len({row["step"] for row in curves[0]}) == 60
-        results = [{k: v for k, v in json.loads((o/"result.json").read_text()).items() if "seconds" not in k} for o in (calm, folder)]
-        assert results[0] == results[1] and digest(calm/"evaluation.csv") == digest(folder/"evaluation.csv")
+        results = [
+            {
+                k: v
+                for k, v in json.loads((o / "result.json").read_text()).items()
+                if "seconds" not in k
+            }
+            for o in (calm, folder)
+        ]
+        assert results[0] == results[1] and digest(calm / "evaluation.csv") == digest(
+            folder / "evaluation.csv"
+        )
         assert sorted(p.name for p in calm.iterdir()) == sorted(p.name for p in folder.iterdir())
 
 
 # Ctrl-C, two at once, failures: with real kernels and workers
 
+
 def test_ctrl_c_interrupts_the_kernels_and_keeps_their_metrics(notebook, tmp_path):
-    out = tmp_path/"out"
-    process = start(notebook, out, "--grid", "updates=1000", "--grid", "pause=0.1", "--seeds", 3, "--workers", 1)
+    out = tmp_path / "out"
+    process = start(
+        notebook, out, "--grid", "updates=1000", "--grid", "pause=0.1", "--seeds", 3, "--workers", 1
+    )
     until(lambda: any(study.last_update(path.parent) for path in out.glob("curve/*/metrics.csv")))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "Traceback" not in output, output
-    assert output.strip().endswith("klrb: stopped; 1 interrupted, 2 pending. The same command goes on from here.")
+    assert output.strip().endswith(
+        "klrb: stopped; 1 interrupted, 2 pending. The same command goes on from here."
+    )
     (row,) = [row for row in status(out) if row["state"] == "interrupted"]
-    rows = list(csv.reader((out/row["key"]/"metrics.csv").open()))[1:]
+    rows = list(csv.reader((out / row["key"] / "metrics.csv").open()))[1:]
     assert len(rows) == row["update"] > 0 and rows == curve(0, 0.5, len(rows))
     until(lambda: not at_work_in(out))
     assert not list(out.glob("**/.lock"))
@@ -277,26 +402,40 @@ def test_ctrl_c_interrupts_the_kernels_and_keeps_their_metrics(notebook, tmp_pat
 
 def test_two_sweeps_share_the_runs_of_one_folder(notebook, tmp_path):
     options = ["--grid", "beta=0.1", "--grid", "pause=0.1", "--seeds", 3, "--workers", 1]
-    for process in [start(notebook, tmp_path/"out", *options) for _ in range(2)]: finish(process)
-    check_finished(tmp_path/"out", 3, [0.1], 5)
-    assert [len(read_record(o)["attempts"]) for o in (tmp_path/"out"/"curve").iterdir()] == [1] * 3
+    for process in [start(notebook, tmp_path / "out", *options) for _ in range(2)]:
+        finish(process)
+    check_finished(tmp_path / "out", 3, [0.1], 5)
+    assert [len(read_record(o)["attempts"]) for o in (tmp_path / "out" / "curve").iterdir()] == [
+        1
+    ] * 3
 
 
 def test_a_failing_run_stops_no_other_and_says_why(notebook, tmp_path):
     """On a scheduler of its own, as on a cluster, whose worker runs two notebooks at a time."""
     from distributed import LocalCluster
     from jupyter_core.utils import ensure_event_loop
+
     ensure_event_loop()  # as after a notebook that this process has executed
-    out = tmp_path/"out"
+    out = tmp_path / "out"
     grid = dict(mode=["work", "raise", "die", "full", "silent"])
-    with LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0"
+    ) as cluster:
         with pytest.raises(SweepFailed, match="4 of 5 runs failed"):
-            sweep(notebook, grid=grid, out=out, execution=Execution(scheduler=cluster.scheduler_address, retries=0))
+            sweep(
+                notebook,
+                grid=grid,
+                out=out,
+                execution=Execution(scheduler=cluster.scheduler_address, retries=0),
+            )
     rows = {row["parameters"]["mode"]: row for row in status(out)}
     assert {mode: row["reason"] for mode, row in rows.items()} == {
-        "work": "", "raise": "ValueError: beta is 0.5 (cell 3)",
-        "die": "the kernel was killed (SIGKILL)", "full": "OSError: [Errno 28] No space left on device (cell 3)",
-        "silent": "StateError: the notebook ended without writing result.json"}
+        "work": "",
+        "raise": "ValueError: beta is 0.5 (cell 3)",
+        "die": "the kernel was killed (SIGKILL)",
+        "full": "OSError: [Errno 28] No space left on device (cell 3)",
+        "silent": "StateError: the notebook ended without writing result.json",
+    }
     assert {mode for mode, row in rows.items() if row["state"] == "done"} == {"work"}
 
 
@@ -311,32 +450,54 @@ def test_a_run_that_takes_too_long_is_killed(notebook, tmp_path):
 
 # What needs no kernel
 
+
 def test_retries_and_retry(notebook, tmp_path, monkeypatch, no_kernel):
-    out, answers = tmp_path/"out", CliRunner()
+    out, answers = tmp_path / "out", CliRunner()
     command = ["sweep", str(notebook), "--grid", "mode=work,raise", "--out", str(out)]
     answer = answers.invoke(app, command)
-    assert answer.exit_code == 1 and "1 of 2 runs failed" in answer.output and "ValueError: beta is 0.5" in answer.output
-    assert "1 failed, 1 done" in answers.invoke(app, ["sweep", "status", str(out)]).output.replace("1 done, 1 failed", "1 failed, 1 done")
+    assert (
+        answer.exit_code == 1
+        and "1 of 2 runs failed" in answer.output
+        and "ValueError: beta is 0.5" in answer.output
+    )
+    assert "1 failed, 1 done" in answers.invoke(app, ["sweep", "status", str(out)]).output.replace(
+        "1 done, 1 failed", "1 failed, 1 done"
+    )
     no_kernel.clear()
-    with pytest.raises(SweepFailed): retry(out)
+    with pytest.raises(SweepFailed):
+        retry(out)
     assert no_kernel == ["raise"]
     no_kernel.clear()
-    assert answers.invoke(app, [*command[:3], "mode=work", *command[4:]]).exit_code == 0 and no_kernel == []
+    assert (
+        answers.invoke(app, [*command[:3], "mode=work", *command[4:]]).exit_code == 0
+        and no_kernel == []
+    )
     assert answers.invoke(app, ["sweep", "retry", str(tmp_path)]).exit_code == 2
 
 
 def test_what_changes_a_run_and_what_does_not(notebook, tmp_path, monkeypatch, no_kernel):
-    count = lambda **more: (no_kernel.clear(), sweep(**(dict(notebook=notebook, grid=dict(beta=[0.1]), seeds=2, out=tmp_path/"out") | more)), len(no_kernel))[-1]
+    count = lambda **more: (
+        no_kernel.clear(),
+        sweep(
+            **(dict(notebook=notebook, grid=dict(beta=[0.1]), seeds=2, out=tmp_path / "out") | more)
+        ),
+        len(no_kernel),
+    )[-1]
     assert count() == 2 and count() == 0
     assert count(grid=dict(beta=["0.10", 0.5])) == 2  # the grid has grown
-    os.rename(tmp_path/"out", tmp_path/"moved")
-    assert count(out=tmp_path/"moved") == 0
-    assert count(out=tmp_path/"moved", grid=dict(beta=[0.1], pause=[0.0])) == 0  # the default, said
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    assert count(out=tmp_path / "moved") == 0
+    assert (
+        count(out=tmp_path / "moved", grid=dict(beta=[0.1], pause=[0.0])) == 0
+    )  # the default, said
     write_notebook(notebook, body=CURVE + "\n# another")
-    assert count(out=tmp_path/"moved") == 2
-    assert len(list((tmp_path/"moved"/"curve").iterdir())) == 6 and len(status(tmp_path/"moved")) == 4  # the old ones stay, unlisted
+    assert count(out=tmp_path / "moved") == 2
+    assert (
+        len(list((tmp_path / "moved" / "curve").iterdir())) == 6
+        and len(status(tmp_path / "moved")) == 4
+    )  # the old ones stay, unlisted
     monkeypatch.setattr(notebooks, "code_digest", lambda source: "edited")
-    assert count(out=tmp_path/"moved") == 2
+    assert count(out=tmp_path / "moved") == 2
 
 
 def test_a_worker_with_other_code_refuses(notebook, tmp_path, monkeypatch):
@@ -368,39 +529,61 @@ open(out_dir + "/result.json", "w").write('{"size": %d}' % size)"""
 @pytest.fixture
 def prepared_notebook(tmp_path):
     profile = 'profile: str = "smoke"  # preset\nout_dir: str = "."  # folder'
-    write_notebook(tmp_path/"prepare.ipynb", profile, PREPARE)
-    return write_notebook(tmp_path/"use.ipynb", 'prepare_dir: str = "."  # read\n' + profile, USE)
+    write_notebook(tmp_path / "prepare.ipynb", profile, PREPARE)
+    return write_notebook(tmp_path / "use.ipynb", 'prepare_dir: str = "."  # read\n' + profile, USE)
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
-def test_a_damaged_preparation_is_reported_and_made_again(prepared_notebook, tmp_path, capsys, no_kernel, harm):
-    again = lambda: (no_kernel.clear(), sweep(prepared_notebook, out=tmp_path/"out", cache=tmp_path/"cache"), no_kernel)[-1]
+def test_a_damaged_preparation_is_reported_and_made_again(
+    prepared_notebook, tmp_path, capsys, no_kernel, harm
+):
+    again = lambda: (
+        no_kernel.clear(),
+        sweep(prepared_notebook, out=tmp_path / "out", cache=tmp_path / "cache"),
+        no_kernel,
+    )[-1]
     assert len(again()) == 2 and again() == []
     (weights,) = tmp_path.glob("cache/prepare/*/model/weights.safetensors")
-    if harm == "truncate": weights.write_bytes(weights.read_bytes()[:-1])
-    if harm == "flip": weights.write_bytes(b"\1" + weights.read_bytes()[1:])
-    if harm == "remove": weights.unlink()
-    answer = CliRunner().invoke(app, ["report", str(tmp_path/"out")])
+    if harm == "truncate":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    if harm == "flip":
+        weights.write_bytes(b"\1" + weights.read_bytes()[1:])
+    if harm == "remove":
+        weights.unlink()
+    answer = CliRunner().invoke(app, ["report", str(tmp_path / "out")])
     assert answer.exit_code == 2 and "damaged (model/weights.safetensors)" in answer.output
     capsys.readouterr()
-    assert again() == ["smoke"]  # the run that read it stays valid: the content is again what it was
-    assert "the prepared files of 'smoke' are damaged (model/weights.safetensors): made again" in capsys.readouterr().out
+    assert again() == [
+        "smoke"
+    ]  # the run that read it stays valid: the content is again what it was
+    assert (
+        "the prepared files of 'smoke' are damaged (model/weights.safetensors): made again"
+        in capsys.readouterr().out
+    )
     assert again() == []
 
 
 def test_another_preparation_is_another_run(prepared_notebook, tmp_path, no_kernel):
-    sweep(prepared_notebook, out=tmp_path/"out")
-    write_notebook(tmp_path/"prepare.ipynb", 'profile: str = "smoke"  # preset\nout_dir: str = "."  # folder', PREPARE.replace("256", "255"))
+    sweep(prepared_notebook, out=tmp_path / "out")
+    write_notebook(
+        tmp_path / "prepare.ipynb",
+        'profile: str = "smoke"  # preset\nout_dir: str = "."  # folder',
+        PREPARE.replace("256", "255"),
+    )
     no_kernel.clear()
-    sweep(prepared_notebook, out=tmp_path/"out")
+    sweep(prepared_notebook, out=tmp_path / "out")
     assert no_kernel == ["smoke", "run"] or no_kernel == ["smoke", "smoke"]
 
 
 def test_a_report_of_half_a_sweep(notebook, tmp_path, capsys, no_kernel):
-    with pytest.raises(SweepFailed): sweep(notebook, grid=dict(mode=["work", "raise"]), seeds=2, out=tmp_path/"out")
-    rows = list(csv.DictReader((report(tmp_path/"out")/"sweep.csv").open()))
+    with pytest.raises(SweepFailed):
+        sweep(notebook, grid=dict(mode=["work", "raise"]), seeds=2, out=tmp_path / "out")
+    rows = list(csv.DictReader((report(tmp_path / "out") / "sweep.csv").open()))
     assert "2 of 4 runs are finished: the report is partial" in capsys.readouterr().out
-    assert [(o["mode"], o["state"], o["reward"] != "") for o in rows] == [("work", "done", True), ("raise", "failed", False)] * 2
+    assert [(o["mode"], o["state"], o["reward"] != "") for o in rows] == [
+        ("work", "done", True),
+        ("raise", "failed", False),
+    ] * 2
 
 
 def test_longest_first_needs_finished_runs(notebook, tmp_path, no_kernel):
@@ -411,27 +594,43 @@ def test_longest_first_needs_finished_runs(notebook, tmp_path, no_kernel):
     for run in runs[:2]:
         record = read_record(run.folder)
         record["attempts"] = [dict(seconds=100 * run.parameters["beta"])]
-        (run.folder/"run.json").write_text(json.dumps(record))
+        (run.folder / "run.json").write_text(json.dumps(record))
     costs = known_costs(runs)
-    assert [costs[run.key] for run in runs] == [10.0, 50.0, 30.0] * 2  # its own setting's, else the mean
-    assert known_costs(make_runs(template, [{}], tmp_path/"empty")) == {}
+    assert [costs[run.key] for run in runs] == [
+        10.0,
+        50.0,
+        30.0,
+    ] * 2  # its own setting's, else the mean
+    assert known_costs(make_runs(template, [{}], tmp_path / "empty")) == {}
 
 
 def test_a_finished_sweep_of_100_runs_is_seen_to_be_finished(notebook, tmp_path, no_kernel):
-    sweep(notebook, grid=dict(beta=[b / 10 for b in range(10)]), seeds=10, out=tmp_path/"out")
+    sweep(notebook, grid=dict(beta=[b / 10 for b in range(10)]), seeds=10, out=tmp_path / "out")
     assert len(no_kernel) == 100
     began = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = finish(start(notebook, tmp_path/"out", "--grid", f"beta={','.join(str(b / 10) for b in range(10))}", "--seeds", 10))
+    output = finish(
+        start(
+            notebook,
+            tmp_path / "out",
+            "--grid",
+            f"beta={','.join(str(b / 10) for b in range(10))}",
+            "--seeds",
+            10,
+        )
+    )
     assert output == "100 of 100 runs are finished already\n"
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 9  # seconds of a processor; the target is 3
+    assert (
+        ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime < 9
+    )  # seconds of a processor; the target is 3
 
 
 def test_cores_are_never_oversubscribed():
     for cores in (1, 2, 3, 8, 64):
         for runs in (1, 5, 100):
             for threads in (None, 1, 2):
-                if (threads or 1) > cores: continue
+                if (threads or 1) > cores:
+                    continue
                 workers, each = share_cores(Execution(threads=threads), runs, cores)
                 assert 1 <= workers <= runs and workers * each <= cores
 
@@ -475,89 +674,176 @@ def executed_cell(source):
 
 
 def test_parameters_are_what_python_makes_of_the_cell(tmp_path):
-    found, space = read_template(write_notebook(tmp_path/"odd.ipynb", CELL)).known, executed_cell(CELL)
-    assert set(found) == set(space) - {"__builtins__", "__annotations__", "math", "Literal", "Optional"} | {"unset"}
+    found, space = (
+        read_template(write_notebook(tmp_path / "odd.ipynb", CELL)).known,
+        executed_cell(CELL),
+    )
+    assert set(found) == set(space) - {
+        "__builtins__",
+        "__annotations__",
+        "math",
+        "Literal",
+        "Optional",
+    } | {"unset"}
     literals = {name: o.default for name, o in found.items() if o.literal}
     assert literals == {name: space[name] for name in literals}
     assert set(found) - set(literals) == {"third", "place", "pair", "other", "unset"}
 
 
-HARD = ["it's", 'say "no"', "back\\slash \\n", "two\nlines", "\r\t\0\x1b", "ünïcødé 漢字 🙂", "\u2028\u2029\x85", "\udc80", "{beta} %s $HOME",
-        "# no = comment", "'''", '"""', "", " ", "True", "None", "nan", "0.1", "-", "\\"]
+HARD = [
+    "it's",
+    'say "no"',
+    "back\\slash \\n",
+    "two\nlines",
+    "\r\t\0\x1b",
+    "ünïcødé 漢字 🙂",
+    "\u2028\u2029\x85",
+    "\udc80",
+    "{beta} %s $HOME",
+    "# no = comment",
+    "'''",
+    '"""',
+    "",
+    " ",
+    "True",
+    "None",
+    "nan",
+    "0.1",
+    "-",
+    "\\",
+]
 
 
 def test_what_arrives_in_the_kernel_is_what_was_asked(tmp_path):
     """In a folder whose name papermill would format, and other programs would split."""
-    names = ["text", "betas", "joined", "rates", "empty", "limit", "table", "third", "place", "unset", "beta", "texts"]
+    names = [
+        "text",
+        "betas",
+        "joined",
+        "rates",
+        "empty",
+        "limit",
+        "table",
+        "third",
+        "place",
+        "unset",
+        "beta",
+        "texts",
+    ]
     cell = CELL + "\ntexts: list[str] = []"
-    template = read_template(write_notebook(tmp_path/"odd.ipynb", cell, ECHO.replace("NAMES", repr(names))))
-    asked = dict(text=HARD[0], texts=HARD, limit=-3, table={"k": [1], "#=": []}, unset=1e-300, beta=-0.0)
+    template = read_template(
+        write_notebook(tmp_path / "odd.ipynb", cell, ECHO.replace("NAMES", repr(names)))
+    )
+    asked = dict(
+        text=HARD[0], texts=HARD, limit=-3, table={"k": [1], "#=": []}, unset=1e-300, beta=-0.0
+    )
     (cells,) = read_grid(template, {name: [value] for name, value in asked.items()})
-    out = tmp_path/"a {beta} = 'b'"
+    out = tmp_path / "a {beta} = 'b'"
     (run,) = make_runs(template, [cells], out)
     write_template(template, [run])
     outcome = execute(run)
     assert outcome["state"] == "done", outcome
     expected = executed_cell(cell) | asked
-    assert json.loads((run.folder/"result.json").read_text()) == {name: repr(expected[name]) for name in names}
-    record = json.loads((run.folder/"params.json").read_text())
+    assert json.loads((run.folder / "result.json").read_text()) == {
+        name: repr(expected[name]) for name in names
+    }
+    record = json.loads((run.folder / "params.json").read_text())
     as_json = lambda o: json.loads(json.dumps(o))
-    assert {name: record[name] for name in names if name not in ("third", "place")} == \
-        {name: as_json(expected[name]) for name in names if name not in ("third", "place")}
-    assert (record["third"], record["place"], record["pair"]) == ("1 / 3", "f'{third:.2f}'", "pair, other = (1, 2)")
+    assert {name: record[name] for name in names if name not in ("third", "place")} == {
+        name: as_json(expected[name]) for name in names if name not in ("third", "place")
+    }
+    assert (record["third"], record["place"], record["pair"]) == (
+        "1 / 3",
+        "f'{third:.2f}'",
+        "pair, other = (1, 2)",
+    )
 
 
 def test_a_sweep_sets_only_what_it_sweeps(notebook, tmp_path):
     template = read_template(notebook)
     (run,) = make_runs(template, read_grid(template, dict(beta=[0.1])), tmp_path)
-    assert run.given == dict(beta=0.1) and run.parameters == dict(seed=0, beta=0.1, updates=5, pause=0.0, mode="work")
+    assert run.given == dict(beta=0.1) and run.parameters == dict(
+        seed=0, beta=0.1, updates=5, pause=0.0, mode="work"
+    )
 
 
 GIVEN = {  # of CELL, on the command line
-    "a tuple": ("betas", "(0.8,0.9)", [(0.8, 0.9)]), "ints for floats": ("betas", "[1, 2],(0.5,0.6)", [(1.0, 2.0), (0.5, 0.6)]),
+    "a tuple": ("betas", "(0.8,0.9)", [(0.8, 0.9)]),
+    "ints for floats": ("betas", "[1, 2],(0.5,0.6)", [(1.0, 2.0), (0.5, 0.6)]),
     "a list by its default": ("rates", "[0.1, 0.2],[]", [[0.1, 0.2], []]),
-    "None": ("limit", "None,5", [None, 5]), "a forward reference": ("either", "4,None", [4, None]),
-    "a choice": ("kind", "mc,rb", ["mc", "rb"]), "a bool": ("same", "false,True", [False, True]),
-    "a dict": ("table", "{'a': [1]},{}", [{"a": [1]}, {}]), "a comma in a bracket's text": ("table", '{"a,b]": []}', [{"a,b]": []}]),
-    "text that looks like a literal": ("joined", "(a,[b]", ["(a", "[b]"]), "text None": ("joined", "None,1", ["None", "1"]),
-    "anything": ("empty", "1,x,None,(1,2)", [1, "x", None, (1, 2)]), "no default": ("unset", "1", [1.0]), "negative": ("beta", "-1e-3", [-0.001]),
+    "None": ("limit", "None,5", [None, 5]),
+    "a forward reference": ("either", "4,None", [4, None]),
+    "a choice": ("kind", "mc,rb", ["mc", "rb"]),
+    "a bool": ("same", "false,True", [False, True]),
+    "a dict": ("table", "{'a': [1]},{}", [{"a": [1]}, {}]),
+    "a comma in a bracket's text": ("table", '{"a,b]": []}', [{"a,b]": []}]),
+    "text that looks like a literal": ("joined", "(a,[b]", ["(a", "[b]"]),
+    "text None": ("joined", "None,1", ["None", "1"]),
+    "anything": ("empty", "1,x,None,(1,2)", [1, "x", None, (1, 2)]),
+    "no default": ("unset", "1", [1.0]),
+    "negative": ("beta", "-1e-3", [-0.001]),
 }
 
 
 @pytest.mark.parametrize("case", GIVEN)
 def test_values_of_the_command_line(tmp_path, case):
     name, text, expected = GIVEN[case]
-    template = read_template(write_notebook(tmp_path/"odd.ipynb", CELL))
+    template = read_template(write_notebook(tmp_path / "odd.ipynb", CELL))
     cells = read_grid(template, notebooks.parse_grid([f"{name}={text}"]))
     assert [repr(cell[name]) for cell in cells] == [repr(value) for value in expected]
 
 
 REFUSED = {
-    "a number for a tuple": ("betas", "0.9", "`betas` is '0.9', but `odd.ipynb` wants tuple[float, float]"),
+    "a number for a tuple": (
+        "betas",
+        "0.9",
+        "`betas` is '0.9', but `odd.ipynb` wants tuple[float, float]",
+    ),
     "a bracket that never closes": ("betas", "(0.9,0.99", "wants tuple[float, float]"),
-    "too many": ("betas", "(1,2,3)", "wants tuple"), "text in a tuple": ("betas", "('a',2)", "wants tuple"),
-    "infinity in a tuple": ("betas", "(1e999,2)", "wants tuple"), "a call": ("betas", "(exit(),2)", "wants tuple"),
-    "no choice": ("kind", "k3", "wants Literal['rb', 'mc']"), "not None": ("beta", "None", "wants float"),
-    "a float for an int": ("limit", "1.5", "wants Optional[int]"), "no literal": ("third", "0.3", "`third` in `odd.ipynb` has a default that is no literal"),
-    "an f-string": ("place", "x", "no literal"), "half of a pair": ("pair", "3", "no literal"), "tuple twice": ("betas", "(1,2),[1.0,2.0]", "a value twice"),
-    "numbers as keys": ("table", "{1: [2]}", "wants dict"), "code": ("table", "__import__('os')", "wants dict"),
+    "too many": ("betas", "(1,2,3)", "wants tuple"),
+    "text in a tuple": ("betas", "('a',2)", "wants tuple"),
+    "infinity in a tuple": ("betas", "(1e999,2)", "wants tuple"),
+    "a call": ("betas", "(exit(),2)", "wants tuple"),
+    "no choice": ("kind", "k3", "wants Literal['rb', 'mc']"),
+    "not None": ("beta", "None", "wants float"),
+    "a float for an int": ("limit", "1.5", "wants Optional[int]"),
+    "no literal": ("third", "0.3", "`third` in `odd.ipynb` has a default that is no literal"),
+    "an f-string": ("place", "x", "no literal"),
+    "half of a pair": ("pair", "3", "no literal"),
+    "tuple twice": ("betas", "(1,2),[1.0,2.0]", "a value twice"),
+    "numbers as keys": ("table", "{1: [2]}", "wants dict"),
+    "code": ("table", "__import__('os')", "wants dict"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_values_that_are_refused(tmp_path, case):
     name, text, message = REFUSED[case]
-    write_notebook(tmp_path/"odd.ipynb", CELL)
-    output = refused("sweep", tmp_path/"odd.ipynb", "--out", tmp_path/"out", "--grid", f"{name}={text}", "--grid", "unset=1")
-    assert message in output and output.count("\n") == 1 and not (tmp_path/"out").exists()
+    write_notebook(tmp_path / "odd.ipynb", CELL)
+    output = refused(
+        "sweep",
+        tmp_path / "odd.ipynb",
+        "--out",
+        tmp_path / "out",
+        "--grid",
+        f"{name}={text}",
+        "--grid",
+        "unset=1",
+    )
+    assert message in output and output.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 CELLS = {
-    "computed before it is set": ("beta: float = 0.1\nhalf = beta/2", "computes with `beta` (`half = beta / 2`)"),
+    "computed before it is set": (
+        "beta: float = 0.1\nhalf = beta/2",
+        "computes with `beta` (`half = beta / 2`)",
+    ),
     "in an if": ("beta: float = 0.1\nif beta > 1:\n    big = 1", "computes with `beta`"),
     "a folder": ("beta: float = 0.1\nfile = f'{out_dir}/x'", "computes with `out_dir`"),
-    "twice": ("beta: float = 0.1\nbeta = 0.2", "sets `beta` twice"), "added to": ("beta = 0.1\nbeta += 0.2", "sets `beta` twice"),
-    "no Python": ("beta: float = ", "is no Python"), "no default": ("beta: float = 0.1\nrate: float", "`rate` has no default"),
+    "twice": ("beta: float = 0.1\nbeta = 0.2", "sets `beta` twice"),
+    "added to": ("beta = 0.1\nbeta += 0.2", "sets `beta` twice"),
+    "no Python": ("beta: float = ", "is no Python"),
+    "no default": ("beta: float = 0.1\nrate: float", "`rate` has no default"),
     "no known type": ("beta: complex = 1j", "annotated `complex`"),
 }
 
@@ -565,55 +851,90 @@ CELLS = {
 @pytest.mark.parametrize("case", CELLS)
 def test_cells_that_are_refused(tmp_path, case):
     cell, message = CELLS[case]
-    write_notebook(tmp_path/"odd.ipynb", 'out_dir: str = "."\n' + cell)
-    output = refused("sweep", tmp_path/"odd.ipynb", "--out", tmp_path/"out", "--grid", "beta=0.5", "--dry-run")
+    write_notebook(tmp_path / "odd.ipynb", 'out_dir: str = "."\n' + cell)
+    output = refused(
+        "sweep",
+        tmp_path / "odd.ipynb",
+        "--out",
+        tmp_path / "out",
+        "--grid",
+        "beta=0.5",
+        "--dry-run",
+    )
     assert message in output and output.count("\n") == 1
 
 
 def test_a_sweep_of_tuples_goes_on_and_is_tried_again(tmp_path, no_kernel):
     body = "import json\nassert betas[0] < 0.95\njson.dump(dict(reward=betas[0]), open(out_dir + '/result.json', 'w'))"
-    path = write_notebook(tmp_path/"odd.ipynb", 'betas: tuple[float, ...] = (0.9, 0.99)\nout_dir: str = "."', body)
+    path = write_notebook(
+        tmp_path / "odd.ipynb", 'betas: tuple[float, ...] = (0.9, 0.99)\nout_dir: str = "."', body
+    )
     again = lambda call: (no_kernel.clear(), pytest.raises(SweepFailed, call), len(no_kernel))[-1]
-    assert again(lambda: sweep(path, grid=dict(betas=[(0.8, 0.9), [0.99, 1]]), out=tmp_path/"out")) == 2
-    assert again(lambda: retry(tmp_path/"out")) == 1
-    assert again(lambda: sweep(path, grid=dict(betas=["(0.8,0.9)", (0.99, 1.0)]), out=tmp_path/"out")) == 1
-    rows = list(csv.DictReader((report(tmp_path/"out")/"sweep.csv").open()))
-    assert [(o["betas"], o["state"]) for o in rows] == [("[0.8, 0.9]", "done"), ("[0.99, 1.0]", "failed")]
+    assert (
+        again(lambda: sweep(path, grid=dict(betas=[(0.8, 0.9), [0.99, 1]]), out=tmp_path / "out"))
+        == 2
+    )
+    assert again(lambda: retry(tmp_path / "out")) == 1
+    assert (
+        again(
+            lambda: sweep(path, grid=dict(betas=["(0.8,0.9)", (0.99, 1.0)]), out=tmp_path / "out")
+        )
+        == 1
+    )
+    rows = list(csv.DictReader((report(tmp_path / "out") / "sweep.csv").open()))
+    assert [(o["betas"], o["state"]) for o in rows] == [
+        ("[0.8, 0.9]", "done"),
+        ("[0.99, 1.0]", "failed"),
+    ]
 
 
 # Files that are damaged: never a traceback, never "done"
 
-DAMAGE = {"empty": b"", "truncated": b'{"reward"', "a list": b"[1, 2]", "a number": b"1", "null": b"null", "binary": bytes(range(256)),
-          "UTF-16 cut": b"\xff\xfe{", "too deep": b"[" * 100_000, "another object": b"{}"}
+DAMAGE = {
+    "empty": b"",
+    "truncated": b'{"reward"',
+    "a list": b"[1, 2]",
+    "a number": b"1",
+    "null": b"null",
+    "binary": bytes(range(256)),
+    "UTF-16 cut": b"\xff\xfe{",
+    "too deep": b"[" * 100_000,
+    "another object": b"{}",
+}
 
 
 @pytest.mark.parametrize("name", ["result.json", "run.json", "params.json", "environment.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_of_a_run(notebook, tmp_path, no_kernel, name, damage):
-    out = tmp_path/"out"
+    out = tmp_path / "out"
     sweep(notebook, grid=dict(beta=[0.1, 0.2]), out=out)
-    first, second = sorted(folder for folder in (out/"curve").iterdir())
-    (first/name).write_bytes(DAMAGE[damage])
+    first, second = sorted(folder for folder in (out / "curve").iterdir())
+    (first / name).write_bytes(DAMAGE[damage])
     no_kernel.clear()
     decides = name in ("result.json", "run.json")
     state = {"result.json": "failed", "run.json": "pending"}.get(name, "done")
     assert sorted(row["state"] for row in status(out)) == sorted([state, "done"])
     for command in (["sweep", "status"], ["report"]):
         assert CliRunner().invoke(app, [*command, str(out)]).exit_code == 0
-    assert len((out/"report"/"sweep.csv").read_text().splitlines()) == 3
+    assert len((out / "report" / "sweep.csv").read_text().splitlines()) == 3
     sweep(notebook, grid=dict(beta=[0.1, 0.2]), out=out)
     assert len(no_kernel) == decides and {row["state"] for row in status(out)} == {"done"}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_plan(notebook, tmp_path, no_kernel, damage):
-    out = tmp_path/"out"
+    out = tmp_path / "out"
     sweep(notebook, grid=dict(beta=[0.1]), out=out)
-    (out/"sweep.json").write_bytes(DAMAGE[damage])
-    for command in (["sweep", notebook, "--grid", "beta=0.1", "--out"], ["sweep", "status"], ["sweep", "retry"], ["report"]):
+    (out / "sweep.json").write_bytes(DAMAGE[damage])
+    for command in (
+        ["sweep", notebook, "--grid", "beta=0.1", "--out"],
+        ["sweep", "status"],
+        ["sweep", "retry"],
+        ["report"],
+    ):
         output = refused(*command, out)
         assert "is damaged; delete it" in output and output.count("\n") == 1
-    (out/"sweep.json").unlink()
+    (out / "sweep.json").unlink()
     no_kernel.clear()
     sweep(notebook, grid=dict(beta=[0.1]), out=out)
     assert no_kernel == []  # finished runs were kept
@@ -621,18 +942,30 @@ def test_a_damaged_plan(notebook, tmp_path, no_kernel, damage):
 
 @pytest.mark.parametrize("result", ["", '{"reward"', "[1]", "NaN"])
 def test_a_notebook_whose_result_is_no_object_has_failed(tmp_path, result):
-    path = write_notebook(tmp_path/"odd.ipynb", 'out_dir: str = "."', f"open(out_dir + '/result.json', 'w').write({result!r})")
+    path = write_notebook(
+        tmp_path / "odd.ipynb",
+        'out_dir: str = "."',
+        f"open(out_dir + '/result.json', 'w').write({result!r})",
+    )
     template = read_template(path)
-    (run,) = make_runs(template, [{}], tmp_path/"out")
+    (run,) = make_runs(template, [{}], tmp_path / "out")
     write_template(template, [run])
     with pytest.MonkeyPatch.context() as patch:  # without a kernel: the check is what follows it
-        patch.setattr(notebooks, "execute_with", lambda notebook, executed, values, **_: (run.folder/"result.json").write_text(result))
+        patch.setattr(
+            notebooks,
+            "execute_with",
+            lambda notebook, executed, values, **_: (run.folder / "result.json").write_text(result),
+        )
         outcome = execute(run)
-    assert (outcome["state"], outcome["reason"]) == ("failed", "StateError: the notebook wrote a result.json that is no JSON object")
+    assert (outcome["state"], outcome["reason"]) == (
+        "failed",
+        "StateError: the notebook wrote a result.json that is no JSON object",
+    )
     assert not run.finished
 
 
 # Bad input: one line, exit code 2, nothing left behind
+
 
 def refused(*arguments):
     answer = CliRunner().invoke(app, [str(o) for o in arguments])
@@ -677,7 +1010,7 @@ def test_bad_options(notebook, tmp_path, case, monkeypatch):
     options, message = BAD_OPTIONS[case]
     monkeypatch.setattr(study, "_CONNECT", 0.5)
     before = sorted(tmp_path.rglob("*"))
-    output = refused("sweep", notebook, "--out", tmp_path/"deep"/"out", *options)
+    output = refused("sweep", notebook, "--out", tmp_path / "deep" / "out", *options)
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -689,70 +1022,121 @@ BAD_NOTEBOOKS = {
     "not a notebook": (lambda path: path.write_text("[1]"), "is not a notebook"),
     "binary": (lambda path: path.write_bytes(b"\xff\xfe\0"), "is not a notebook"),
     "no tag": (lambda path: write_notebook(path, tags=()), "0 cells tagged `parameters`"),
-    "no literal": (lambda path: write_notebook(path, "out_dir: str = '.'  # folder\nbeta: float = pi  # any"), "no literal"),
-    "another language": (lambda path: path.write_text(write_notebook(path).read_text().replace('"python"', '"R"')), "is written in R"),
-    "no out_dir": (lambda path: write_notebook(path, "beta: float = 0.1  # any"), "no parameter `out_dir`"),
-    "no seed": (lambda path: write_notebook(path, "beta: float = 0.1  # any\nout_dir: str = '.'  # folder"), "no parameter 'seed'"),
-    "nothing to prepare with": (lambda path: write_notebook(path, PARAMETERS + '\nprofile: str = "smoke"  # any\nprepare_dir: str = "."  # any'), "prepare.ipynb"),
-    "unknown default profile": (lambda path: write_notebook(path, PARAMETERS + '\nprofile: str = "none"  # any'), "known profiles"),
+    "no literal": (
+        lambda path: write_notebook(path, "out_dir: str = '.'  # folder\nbeta: float = pi  # any"),
+        "no literal",
+    ),
+    "another language": (
+        lambda path: path.write_text(write_notebook(path).read_text().replace('"python"', '"R"')),
+        "is written in R",
+    ),
+    "no out_dir": (
+        lambda path: write_notebook(path, "beta: float = 0.1  # any"),
+        "no parameter `out_dir`",
+    ),
+    "no seed": (
+        lambda path: write_notebook(path, "beta: float = 0.1  # any\nout_dir: str = '.'  # folder"),
+        "no parameter 'seed'",
+    ),
+    "nothing to prepare with": (
+        lambda path: write_notebook(
+            path, PARAMETERS + '\nprofile: str = "smoke"  # any\nprepare_dir: str = "."  # any'
+        ),
+        "prepare.ipynb",
+    ),
+    "unknown default profile": (
+        lambda path: write_notebook(path, PARAMETERS + '\nprofile: str = "none"  # any'),
+        "known profiles",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_NOTEBOOKS)
 def test_bad_notebooks(tmp_path, case):
     make, message = BAD_NOTEBOOKS[case]
-    make(tmp_path/"curve.ipynb")
+    make(tmp_path / "curve.ipynb")
     before = sorted(tmp_path.rglob("*"))
-    output = refused("sweep", tmp_path/"curve.ipynb", "--out", tmp_path/"out", "--seeds", 2, *GOOD)
+    output = refused(
+        "sweep", tmp_path / "curve.ipynb", "--out", tmp_path / "out", "--seeds", 2, *GOOD
+    )
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def no_space(dir): raise OSError(28, "No space left on device", str(dir))
+def no_space(dir):
+    raise OSError(28, "No space left on device", str(dir))
 
 
 BAD_FOLDERS = {
     "a file": (lambda path, patch: path.write_text(""), "", "File exists"),
     "below a file": (lambda path, patch: path.write_text(""), "below", "Not a directory"),
     "read-only": (lambda path, patch: path.symlink_to("/proc/self"), "out", "cannot be written"),
-    "full": (lambda path, patch: patch.setattr(study.tempfile, "TemporaryFile", no_space), "deep/out", "No space left"),
+    "full": (
+        lambda path, patch: patch.setattr(study.tempfile, "TemporaryFile", no_space),
+        "deep/out",
+        "No space left",
+    ),
     "an address": (lambda path, patch: None, "s3://bucket/runs", "locks need a file system"),
-    "a damaged plan": (lambda path, patch: (path.mkdir(), (path/"sweep.json").write_text('{"runs"')), "", "is damaged; delete it"),
+    "a damaged plan": (
+        lambda path, patch: (path.mkdir(), (path / "sweep.json").write_text('{"runs"')),
+        "",
+        "is damaged; delete it",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
 def test_bad_folders(notebook, tmp_path, monkeypatch, case):
     make, below, message = BAD_FOLDERS[case]
-    make(tmp_path/"out", monkeypatch)
+    make(tmp_path / "out", monkeypatch)
     before = sorted(tmp_path.rglob("*"))
-    output = refused("sweep", notebook, "--out", below if "://" in below else tmp_path/"out"/below, *GOOD)
+    output = refused(
+        "sweep", notebook, "--out", below if "://" in below else tmp_path / "out" / below, *GOOD
+    )
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
-    assert [o for o in sorted(tmp_path.rglob("*")) if "notebooks" not in o.parts] == before  # a copy of the notebook may stay
+    assert [
+        o for o in sorted(tmp_path.rglob("*")) if "notebooks" not in o.parts
+    ] == before  # a copy of the notebook may stay
 
 
 @pytest.mark.parametrize("command", [("sweep", "status"), ("sweep", "retry"), ("report",)])
-@pytest.mark.parametrize("make, message", [
-    (lambda path: None, "holds no sweep"), (lambda path: path.write_text(""), "holds no sweep"),
-    (lambda path: (path.mkdir(), (path/"sweep.json").write_text("[]")), "is damaged")])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: None, "holds no sweep"),
+        (lambda path: path.write_text(""), "holds no sweep"),
+        (lambda path: (path.mkdir(), (path / "sweep.json").write_text("[]")), "is damaged"),
+    ],
+)
 def test_bad_folders_to_look_at(tmp_path, command, make, message):
-    make(tmp_path/"out")
+    make(tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
-    output = refused(*command, tmp_path/"out")
+    output = refused(*command, tmp_path / "out")
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_damaged_shipped_model_is_refused(tmp_path, monkeypatch):
     root = Path(__file__).parents[1]
-    assets = tmp_path/"pocket"
+    assets = tmp_path / "pocket"
     shutil.copytree(models.POCKET, assets)
-    (assets/"model.safetensors").write_bytes((assets/"model.safetensors").read_bytes()[:-1])
+    (assets / "model.safetensors").write_bytes((assets / "model.safetensors").read_bytes()[:-1])
     monkeypatch.setattr(models, "POCKET", assets)
-    output = refused("sweep", root/"nbs"/"experiments"/"rloo.ipynb", "--out", tmp_path/"out")
-    assert "the pocket model has sha256" in output and "reinstall klrb" in output and output.count("\n") == 1 and not (tmp_path/"out").exists()
+    output = refused(
+        "sweep", root / "nbs" / "experiments" / "rloo.ipynb", "--out", tmp_path / "out"
+    )
+    assert (
+        "the pocket model has sha256" in output
+        and "reinstall klrb" in output
+        and output.count("\n") == 1
+        and not (tmp_path / "out").exists()
+    )
 
 
 def test_a_report_without_finished_runs(notebook, tmp_path, no_kernel):
-    with pytest.raises(SweepFailed): sweep(notebook, grid=dict(mode=["raise"]), out=tmp_path/"out")
-    assert "has no finished run" in refused("report", tmp_path/"out") and not (tmp_path/"out"/"report").exists()
+    with pytest.raises(SweepFailed):
+        sweep(notebook, grid=dict(mode=["raise"]), out=tmp_path / "out")
+    assert (
+        "has no finished run" in refused("report", tmp_path / "out")
+        and not (tmp_path / "out" / "report").exists()
+    )
