@@ -40,8 +40,7 @@ KINDS = frozenset(
         "HIRA",
         "HRA",
         "IA3",
-        "LILY",
-        "LN_TUNING",
+            "LN_TUNING",
         "LOHA",
         "LOKR",
         "LORA",
@@ -207,7 +206,7 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> P
     try:
         config = PeftConfig.from_pretrained(folder)
         if config.peft_type is None:
-            raise ValueError("its adapter_config.json has no `peft_type`.")
+            raise InputError("its adapter_config.json has no `peft_type`.")
         check_kind(config)
         _check_start(config, folder)
         with _quiet():
