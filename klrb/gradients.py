@@ -13,184 +13,262 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import InputError, InputTypeError
 from .steps import check_batch, k1, k2, k3
 
 # %% ../nbs/theory/13_gradient.ipynb #95de1b3b
 @dataclass(frozen=True)
 class GradientMethod:
     "What is known about a method of `kl_surrogate`."
-    name: str # key in `GRADIENTS`
-    unbiased: bool # True: its expectation is the gradient of the sequence KL
-    needs_step_kl: bool # True: `step_kl` must be given
-    has_score: bool # True: it has a score term, to which a baseline applies
-    formula: str # what is differentiated, per rollout; l = log p(y), X = top-k step KL, sg = stop-gradient
 
-# %% ../nbs/theory/13_gradient.ipynb #fec2c163
-GRADIENTS = {o.name: o for o in (
+    name: str  # key in `GRADIENTS`
+    unbiased: bool  # True: its expectation is the gradient of the sequence KL
+    needs_step_kl: bool  # True: `step_kl` must be given
+    has_score: bool  # True: it has a score term, to which a baseline applies
+    formula: str  # what is differentiated, per rollout; l = log p(y), X = top-k step KL
+
+
+_METHODS = (
     GradientMethod("mc", True, False, True, "Σ_m l_m · sg(Σ_n k1_n)"),
     GradientMethod("mc_to_go", True, False, True, "Σ_m l_m · sg(Σ_{n≥m} k1_n)"),
     GradientMethod("rb", True, True, True, "Σ_n K_n + Σ_m l_m · sg(Σ_{n>m} K_n)"),
     GradientMethod("rb_sequence", True, True, True, "Σ_n K_n + Σ_m l_m · sg(Σ_n K_n)"),
-    GradientMethod("rb_topk", True, True, True, "Σ_n X_n + Σ_m l_m · sg(tail_m k1_m + Σ_{n>m} X_n)"),
+    GradientMethod(
+        "rb_topk", True, True, True, "Σ_n X_n + Σ_m l_m · sg(tail_m k1_m + Σ_{n>m} X_n)"
+    ),
     GradientMethod("k1_loss", False, False, False, "Σ_n k1_n"),
     GradientMethod("k2_loss", False, False, False, "Σ_n k2_n"),
     GradientMethod("k3_loss", False, False, False, "Σ_n k3_n"),
     GradientMethod("step_loss", False, True, False, "Σ_n K_n"),
     GradientMethod("k3_reward", False, False, True, "Σ_m l_m · sg(Σ_n k3_n)"),
-)}
+)
+GRADIENTS: dict[str, GradientMethod] = {o.name: o for o in _METHODS}
 
 # %% ../nbs/theory/13_gradient.ipynb #243e5ba5
 def _check(method, mask, step_kl, in_tail, **logprobs):
     "Raise on input that would give a wrong gradient; return the mask as booleans, (B, T)."
     if method not in GRADIENTS:
-        raise ValueError(f"`method` is {method!r}; it must be one of {', '.join(GRADIENTS)}.")
+        raise InputError(f"`method` is {method!r}; it must be one of {', '.join(GRADIENTS)}.")
     mask = check_batch(mask, **logprobs, step_kl=step_kl)
     if GRADIENTS[method].needs_step_kl and step_kl is None:
-        raise ValueError(f"`step_kl` is None; method {method!r} needs the KL of every step, (B, T), from "
-                         f"`klrb.steps.{'step_kl_topk' if method == 'rb_topk' else 'step_kl'}`.")
+        source = "step_kl_topk" if method == "rb_topk" else "step_kl"
+        raise InputError(
+            f"`step_kl` is None; method {method!r} needs the KL of every step, (B, T), from "
+            f"`klrb.steps.{source}`."
+        )
     if method == "rb_topk" and in_tail is None:
-        raise ValueError("`in_tail` is None; method 'rb_topk' needs to know which steps drew a token from outside the "
-                         "top k, (B, T), from `klrb.steps.topk_tail`.")
+        raise InputError(
+            "`in_tail` is None; method 'rb_topk' needs to know which steps drew a token from "
+            "outside the top k, (B, T), from `klrb.steps.topk_tail`."
+        )
     if in_tail is not None and in_tail.shape != mask.shape:
-        raise ValueError(f"`in_tail` has shape {tuple(in_tail.shape)}; it must be that of `mask`, {tuple(mask.shape)}.")
+        shapes = tuple(in_tail.shape), tuple(mask.shape)
+        raise InputError("`in_tail` has shape {}; it must be that of `mask`, {}.".format(*shapes))
     return mask
 
+
+_NOT_FINITE = {
+    "policy_logprobs": "the policy cannot have sampled this token. Pass `old_logprobs` if another "
+    "model did.",
+    "old_logprobs": "the sampler cannot have drawn this token.",
+}
+_INFINITE_KL = (
+    "KL(policy || reference) is infinite and has no gradient. Exclude the token from both models, "
+    "or mask the step."
+)
+
+
 def _check_finite(mask, **tensors):
-    why = dict(policy_logprobs="the policy cannot have sampled this token. Pass `old_logprobs` if another model did",
-               old_logprobs="the sampler cannot have drawn this token")
     for name, o in tensors.items():
         if o is not None and (bad := mask & o.isinf()).any():
             rollout, step = bad.nonzero()[0].tolist()
-            raise ValueError(f"`{name}` is {o[rollout, step].item()} at rollout {rollout}, step {step}: " + why.get(name,
-                             "KL(policy || reference) is infinite and has no gradient. Exclude the token from both models, or mask the step") + ".")
+            why = _NOT_FINITE.get(name, _INFINITE_KL)
+            where = f"{o[rollout, step].item()} at rollout {rollout}, step {step}"
+            raise InputError(f"`{name}` is {where}: {why}")
 
 # %% ../nbs/theory/13_gradient.ipynb #24dfcd72
 def _terms(method, policy_logprobs, ref_logprobs, step_kl, in_tail):
     "What each step contributes: given its prefix, and given its token too, (B, T) each."
     zero = torch.zeros_like(policy_logprobs)
-    if method in ("rb", "rb_sequence"): return step_kl, zero
-    if method == "k3_reward": return zero, k3(policy_logprobs, ref_logprobs)
+    if method in ("rb", "rb_sequence"):
+        return step_kl, zero
+    if method == "k3_reward":
+        return zero, k3(policy_logprobs, ref_logprobs)
     sampled = k1(policy_logprobs, ref_logprobs)
-    if method in ("mc", "mc_to_go"): return zero, sampled
-    tail = torch.where(in_tail == 1, sampled, 0.).detach()  # rb_topk
+    if method in ("mc", "mc_to_go"):
+        return zero, sampled
+    tail = torch.where(in_tail == 1, sampled, 0.0).detach()  # rb_topk
     return step_kl - tail, tail
+
 
 _WHOLE_SEQUENCE = ("mc", "rb_sequence", "k3_reward")
 
+
+def _to_go(values):
+    "The sum over this step and all later ones."
+    return values.flip(-1).cumsum(-1).flip(-1)
+
+
 def _score_weights(method, prefix, sampled):
     "What multiplies the score of each token, (B, T)."
-    if method in _WHOLE_SEQUENCE: return (prefix + sampled).sum(-1, True).expand_as(prefix)
-    to_go = lambda o: o.flip(-1).cumsum(-1).flip(-1)  # this step and all later ones
-    return to_go(prefix) - prefix + to_go(sampled)
+    if method in _WHOLE_SEQUENCE:
+        return (prefix + sampled).sum(-1, True).expand_as(prefix)
+    return _to_go(prefix) - prefix + _to_go(sampled)
 
 # %% ../nbs/theory/13_gradient.ipynb #04e1ba4a
+def _groups(prompt_ids, valid):
+    "A number from 0 for each rollout's prompt, (B,)."
+    if prompt_ids is None:
+        return torch.zeros_like(valid, dtype=torch.long)
+    if not isinstance(prompt_ids, Tensor) or prompt_ids.is_floating_point():
+        raise InputTypeError(
+            "`prompt_ids` must be an integer tensor, (B,): rollouts with the same number share a "
+            "prompt."
+        )
+    if prompt_ids.shape != valid.shape:
+        raise InputError(
+            f"`prompt_ids` has shape {tuple(prompt_ids.shape)}; it must have one entry per "
+            f"rollout, {tuple(valid.shape)}."
+        )
+    return prompt_ids.unique(return_inverse=True)[1]
+
+
 def _leave_one_out(weights, mask, prompt_ids):
-    "Mean of `weights` over the other rollouts of the same prompt (eq. 3), (B, T)."
+    "Mean of `weights` over the other rollouts of the same prompt (eq. 4), (B, T)."
     valid = mask.any(-1)  # a rollout without a step has nothing to say
-    if prompt_ids is None: group = torch.zeros_like(valid, dtype=torch.long)
-    elif not isinstance(prompt_ids, Tensor) or prompt_ids.is_floating_point():
-        raise TypeError("`prompt_ids` must be an integer tensor, (B,): rollouts with the same number share a prompt.")
-    elif prompt_ids.shape != valid.shape:
-        raise ValueError(f"`prompt_ids` has shape {tuple(prompt_ids.shape)}; it must have one entry per rollout, {tuple(valid.shape)}.")
-    else: group = prompt_ids.unique(return_inverse=True)[1]
-    weights = weights * valid[:, None]
-    count = weights.new_zeros(len(valid)).index_add_(0, group, valid.to(weights.dtype))[group] - valid.to(weights.dtype)
+    group = _groups(prompt_ids, valid)
+    own, weights = valid.to(weights.dtype), weights * valid[:, None]
+    count = weights.new_zeros(len(valid)).index_add_(0, group, own)[group] - own
     total = torch.zeros_like(weights).index_add_(0, group, weights)[group]
-    if ((count == 0) & valid).any(): _warn_single()
-    return (total - weights) / count.clamp(min=1.)[:, None]
+    if ((count == 0) & valid).any():
+        _warn_single()
+    return (total - weights) / count.clamp(min=1.0)[:, None]
+
 
 @functools.cache
 def _warn_single():
-    warnings.warn("A prompt has a single rollout and so gets no leave-one-out baseline. Sample at least two completions per "
-                  "prompt, or pass `baseline` as a tensor. This is said once.", stacklevel=5)
+    warnings.warn(
+        "A prompt has a single rollout and so gets no leave-one-out baseline. Sample at least two "
+        "completions per prompt, or pass `baseline` as a tensor. This is said once.",
+        stacklevel=5,
+    )
 
 # %% ../nbs/theory/13_gradient.ipynb #396bb44c
 def kl_baseline(
-    method:str, # a key of `GRADIENTS` with a score term
-    policy_logprobs:Tensor, # log-probability of each sampled token under the policy, (B, T)
-    ref_logprobs:Tensor, # the same under the reference, (B, T)
-    mask:Tensor, # 1 on completion tokens up to and including EOS, else 0, (B, T)
-    step_kl:Tensor|None=None, # KL of every step, for the methods that need it, (B, T)
-    prompt_ids:Tensor|None=None, # which rollouts share a prompt, (B,); None: all of them do
-    in_tail:Tensor|None=None, # `rb_topk` only: 1 where the sampled token is outside the top k, (B, T)
-)->Tensor: # baseline of each token's score, no gradient, (B, T)
-    """Leave-one-out baseline per position (eq. 3): what `kl_surrogate` uses for `baseline="loo"`.
+    method: str,  # a key of `GRADIENTS` with a score term
+    policy_logprobs: Tensor,  # log-probability of each sampled token under the policy, (B, T)
+    ref_logprobs: Tensor,  # log-probability of each sampled token under the reference, (B, T)
+    mask: Tensor,  # 1 on completion tokens up to and including EOS, else 0, (B, T)
+    step_kl: Tensor | None = None,  # KL of every step, for the methods that need it, (B, T)
+    prompt_ids: Tensor | None = None,  # which rollouts share a prompt, (B,); None: all of them do
+    in_tail: Tensor | None = None,  # `rb_topk`: 1 where the token is outside the top k, (B, T)
+) -> Tensor:  # baseline of each token's score, no gradient, (B, T)
+    """Leave-one-out baseline per position (eq. 4): what `kl_surrogate` uses for `baseline="loo"`.
 
     For `mc`, `rb_sequence` and `k3_reward` it is one value per rollout, repeated over T.
     """
-    mask = _check(method, mask, step_kl, in_tail, policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
+    logprobs = dict(policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
+    mask = _check(method, mask, step_kl, in_tail, **logprobs)
     if not GRADIENTS[method].has_score:
-        raise ValueError(f"`method` is {method!r}, which has no score term and so no baseline.")
-    _check_finite(mask, policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs, step_kl=step_kl)
+        raise InputError(f"`method` is {method!r}, which has no score term and so no baseline.")
+    _check_finite(mask, **logprobs, step_kl=step_kl)
     dtype = torch.promote_types(policy_logprobs.dtype, torch.float32)
-    clean = [None if o is None else o.detach().to(dtype).masked_fill(~mask, 0.)
-             for o in (policy_logprobs, ref_logprobs, step_kl, in_tail)]
+    clean = [
+        None if o is None else o.detach().to(dtype).masked_fill(~mask, 0.0)
+        for o in (policy_logprobs, ref_logprobs, step_kl, in_tail)
+    ]
     return _leave_one_out(_score_weights(method, *_terms(method, *clean)), mask, prompt_ids)
 
 # %% ../nbs/theory/13_gradient.ipynb #a2f76f6e
 def _ratios(method, policy_logprobs, old_logprobs, max_ratio):
     "Ratio of the tokens before each step, and up to and including it, detached, (B, T) each."
-    if old_logprobs is None: return torch.ones_like(policy_logprobs), torch.ones_like(policy_logprobs)
+    if old_logprobs is None:
+        return torch.ones_like(policy_logprobs), torch.ones_like(policy_logprobs)
     after = (policy_logprobs.detach() - old_logprobs).cumsum(-1).exp()
-    if max_ratio is not None: after = after.clamp(max=max_ratio)
+    if max_ratio is not None:
+        after = after.clamp(max=max_ratio)
     before = torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], 1)
-    if method in _WHOLE_SEQUENCE: before = after = after[:, -1:].expand_as(after)
+    if method in _WHOLE_SEQUENCE:
+        before = after = after[:, -1:].expand_as(after)
     return before, after
 
+
 def _cut_stale(mask, policy_logprobs, old_logprobs, in_tail):
-    "End a rollout at a token that the policy now excludes: the ratio of that token, and of all later prefixes, is 0."
+    "End a rollout at a token that the policy now excludes: later prefixes have the ratio 0."
     _check_finite(mask, old_logprobs=old_logprobs)
     stale = mask & (policy_logprobs == -torch.inf)
     mask = mask & (stale.cumsum(-1) - stale.long() == 0)
     in_tail = None if in_tail is None else in_tail.masked_fill(stale, 0)
-    return mask, policy_logprobs.masked_fill(stale, 0.), old_logprobs.masked_fill(stale, torch.inf), in_tail  # log-ratio -inf
+    old_logprobs = old_logprobs.masked_fill(stale, torch.inf)  # log-ratio -inf
+    return mask, policy_logprobs.masked_fill(stale, 0.0), old_logprobs, in_tail
+
 
 def _check_options(method, old_logprobs, baseline, max_ratio, shape):
     info = GRADIENTS[method]
     if old_logprobs is not None and not info.unbiased:
-        raise ValueError(f"`old_logprobs` was given, but {method!r} is biased on-policy already and has no off-policy form.")
+        no_form = "is biased on-policy already and has no off-policy form"
+        raise InputError(f"`old_logprobs` was given, but {method!r} {no_form}.")
     if max_ratio is not None and (old_logprobs is None or not max_ratio > 0):
-        raise ValueError(f"`max_ratio` is {max_ratio!r}; it must be positive, and needs `old_logprobs`.")
-    if isinstance(baseline, str) and baseline != "loo" or not isinstance(baseline, str | Tensor | None):
-        raise ValueError(f"`baseline` is {baseline!r}; it must be 'loo', None or a tensor of shape (B, T).")
+        raise InputError(
+            f"`max_ratio` is {max_ratio!r}; it must be positive, and needs `old_logprobs`."
+        )
+    wanted = f"(B, T) = {tuple(shape)}"
     if isinstance(baseline, Tensor) and baseline.shape != shape:
-        raise ValueError(f"`baseline` has shape {tuple(baseline.shape)}; it must be (B, T) = {tuple(shape)}.")
+        raise InputError(f"`baseline` has shape {tuple(baseline.shape)}; it must be {wanted}.")
     if isinstance(baseline, Tensor) and not info.has_score:
-        raise ValueError(f"`baseline` is a tensor, but {method!r} has no score term that it could apply to.")
+        no_score = "has no score term that it could apply to"
+        raise InputError(f"`baseline` is a tensor, but {method!r} {no_score}.")
+    known = isinstance(baseline, str) and baseline == "loo"
+    if not (known or isinstance(baseline, Tensor | None)):
+        raise InputError(f"`baseline` is {baseline!r}; it must be 'loo', None or a tensor (B, T).")
 
 # %% ../nbs/theory/13_gradient.ipynb #54865a98
 def kl_surrogate(
-    method:str, # a key of `GRADIENTS`
-    policy_logprobs:Tensor, # log-probability of each sampled token under the policy, with its graph, (B, T)
-    ref_logprobs:Tensor, # the same under the reference, (B, T)
-    mask:Tensor, # 1 on completion tokens up to and including EOS, else 0, (B, T)
-    step_kl:Tensor|None=None, # KL of every step, with the policy's graph, for the methods that need it, (B, T)
-    old_logprobs:Tensor|None=None, # log-probability of each token under the model that sampled it, (B, T); None: the policy
-    baseline:str|Tensor|None="loo", # leave-one-out (eq. 3), None, or a tensor such as `kl_baseline` returns, (B, T)
-    prompt_ids:Tensor|None=None, # which rollouts share a prompt, for "loo", (B,); None: all of them do
-    in_tail:Tensor|None=None, # `rb_topk` only: 1 where the sampled token is outside the top k, (B, T)
-    max_ratio:float|None=None, # cap on the ratios of `old_logprobs`; biased, see below
-)->Tensor: # scalar: its gradient is the gradient estimate and its value is the KL estimate
-    """A scalar whose `.backward()` adds the named estimator of the gradient of KL(policy || reference).
+    method: str,  # a key of `GRADIENTS`
+    policy_logprobs: Tensor,  # log p of each sampled token, with the policy's graph, (B, T)
+    ref_logprobs: Tensor,  # log-probability of each sampled token under the reference, (B, T)
+    mask: Tensor,  # 1 on completion tokens up to and including EOS, else 0, (B, T)
+    step_kl: Tensor | None = None,  # KL of every step, with the policy's graph, if needed, (B, T)
+    old_logprobs: Tensor | None = None,  # log p under the sampler, (B, T); None: the policy's
+    baseline: str | Tensor | None = "loo",  # leave-one-out, None, or that of `kl_baseline`, (B, T)
+    prompt_ids: Tensor | None = None,  # which rollouts share a prompt, for "loo", (B,); None: all
+    in_tail: Tensor | None = None,  # `rb_topk`: 1 where the token is outside the top k, (B, T)
+    max_ratio: float | None = None,  # cap on the ratios of `old_logprobs`; biased
+) -> Tensor:  # scalar: its gradient is the gradient estimate and its value is the KL estimate
+    """A scalar whose `.backward()` adds an estimate of the gradient of KL(policy || reference).
 
-    Sum over steps, mean over all rollouts of the batch; a rollout without an unmasked step contributes 0.
-    The methods `k1_loss`, `k2_loss`, `k3_loss`, `step_loss` and `k3_reward` are **biased** (`GRADIENTS[method].unbiased`).
+    Sum over steps, mean over the batch; a rollout without an unmasked step contributes 0. The
+    methods `k1_loss`, `k2_loss`, `k3_loss`, `step_loss` and `k3_reward` are **biased**.
     """
-    mask = _check(method, mask, step_kl, in_tail, policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs, old_logprobs=old_logprobs)
+    logprobs = dict(policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
+    mask = _check(method, mask, step_kl, in_tail, **logprobs, old_logprobs=old_logprobs)
     _check_options(method, old_logprobs, baseline, max_ratio, mask.shape)
-    if old_logprobs is not None:
-        mask, policy_logprobs, old_logprobs, in_tail = _cut_stale(mask, policy_logprobs, old_logprobs, in_tail)
-    _check_finite(mask, ref_logprobs=ref_logprobs, step_kl=step_kl, policy_logprobs=policy_logprobs)
-    dtype = torch.promote_types(policy_logprobs.dtype, torch.float32)
-    lp, lq, kl, old, tail = (None if o is None else o.to(dtype).masked_fill(~mask, 0.)
-                             for o in (policy_logprobs, ref_logprobs.detach(), step_kl, old_logprobs, in_tail))
+    logp, old, tail = policy_logprobs, old_logprobs, in_tail
+    if old is not None:
+        mask, logp, old, tail = _cut_stale(mask, logp, old, tail)
+    _check_finite(mask, ref_logprobs=ref_logprobs, step_kl=step_kl, policy_logprobs=logp)
+    if isinstance(baseline, str):
+        loo = (method, logp, ref_logprobs, mask, step_kl, prompt_ids, tail)
+        baseline = kl_baseline(*loo) if GRADIENTS[method].has_score else None
+    dtype = torch.promote_types(logp.dtype, torch.float32)
+    clean = [
+        None if o is None else o.to(dtype).masked_fill(~mask, 0.0)
+        for o in (logp, ref_logprobs.detach(), step_kl, tail, old, baseline)
+    ]
+    return _surrogate(method, *clean, max_ratio) / len(mask)
+
+# %% ../nbs/theory/13_gradient.ipynb #7d7bacac
+def _surrogate(method, logp, logq, step_kl, in_tail, old_logprobs, baseline, max_ratio):
+    "The sum over all rollouts. All inputs are 0 where masked."
+    if method == "step_loss":
+        return step_kl.sum()
     if not GRADIENTS[method].has_score:
-        return (kl if method == "step_loss" else dict(k1_loss=k1, k2_loss=k2, k3_loss=k3)[method](lp, lq)).sum() / len(lp)
-    prefix, sampled = _terms(method, lp, lq, kl, tail)
-    before, after = _ratios(method, lp, old, max_ratio)
-    prefix, sampled = before * prefix, after * sampled  # eq. 5: w_n and w_{n+1}
+        return dict(k1_loss=k1, k2_loss=k2, k3_loss=k3)[method](logp, logq).sum()
+    prefix, sampled = _terms(method, logp, logq, step_kl, in_tail)
+    before, after = _ratios(method, logp, old_logprobs, max_ratio)
+    prefix, sampled = before * prefix, after * sampled  # eq. 2: w_n and w_{n+1}
     weights = _score_weights(method, prefix, sampled).detach()
-    if isinstance(baseline, str): baseline = kl_baseline(method, policy_logprobs, ref_logprobs, mask, step_kl, prompt_ids, in_tail)
-    if baseline is not None: weights = weights - after * baseline.detach().to(dtype).masked_fill(~mask, 0.)
-    score = (lp - lp.detach()) * weights  # zero, with the gradient of the score part
-    return (prefix + sampled.detach() + score).sum() / len(lp)
+    if baseline is not None:
+        weights = weights - after * baseline.detach()
+    score = (logp - logp.detach()) * weights  # zero, with the gradient of the score part
+    return (prefix + sampled.detach() + score).sum()
