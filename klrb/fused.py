@@ -177,9 +177,9 @@ def _check_hidden(name, hidden, head, shape):
 def _check_vocabulary(policy_height, ref_height, vocab_size):
     if vocab_size is None and policy_height != ref_height:
         raise ValueError(
-            f"`policy_head` has {policy_height:,} tokens and `ref_head` "
-            f"{ref_height:,}. If both models have one tokenizer and padded heads, give its length as "
-            "`vocab_size`; the rows beyond it are then excluded from both."
+            f"`policy_head` has {policy_height:,} tokens and `ref_head` {ref_height:,}. If both "
+            "models have one tokenizer and padded heads, give its length as `vocab_size`; the rows "
+            "beyond it are then excluded from both."
         )
     if vocab_size is None:
         return policy_height
