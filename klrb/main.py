@@ -42,7 +42,9 @@ _STUDY = {
     "nbclient",
     "nbformat",
     "papermill",
+    "pydantic",
     "sklearn",
+    "statsmodels",
     "trl",
 }
 

@@ -22,19 +22,22 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, Optional, Union, get_type_hints
 
 import nbformat
 import papermill as pm
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
+from pydantic import BeforeValidator, InstanceOf, PydanticUserError, TypeAdapter
 
 from ..errors import InputError, MissingFileError, StateError
-from ..files import PACKAGED, hub_folder, packaged_file
+from ..files import PACKAGED, digest, hub_folder, packaged_file, text_digest, write_atomic
 from ..rlhf.profiles import PROFILES, Profile, to_toml
-from ..files import digest, text_digest, write_atomic
 from klrb.sweeps.runs import (
     Run,
     code_digest,
@@ -65,7 +68,10 @@ class Parameter:
 def read_parameters(
     source: str,  # code of a cell
 ) -> dict[str, Parameter]:  # by name, in the order of the cell
-    "What a cell sets, from its syntax. Raises `ValueError` when it is no Python or sets a name twice."
+    """What a cell sets, from its syntax.
+
+    Raises `ValueError` when it is no Python or sets a name twice.
+    """
     tree = _syntax(source)
     bound = Counter(o.id for o in ast.walk(tree) if _is_name(o, ast.Store))
     found = {}
@@ -97,11 +103,9 @@ def _parameter(node: ast.Assign | ast.AnnAssign, alone: bool) -> Parameter:
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a01
 def _syntax(source: str) -> ast.Module:
-    from IPython.core.inputtransformer2 import (
-        TransformerManager,
-    )  # lines such as `%matplotlib inline`
+    from IPython.core.inputtransformer2 import TransformerManager
 
-    try:
+    try:  # lines such as `%matplotlib inline` are turned into calls
         return ast.parse(TransformerManager().transform_cell(source))
     except (SyntaxError, ValueError) as error:
         raise InputError(f"the cell tagged `parameters` is no Python ({error}).") from None
@@ -111,16 +115,16 @@ def _is_name(node: ast.AST, context: type) -> bool:
     return isinstance(node, ast.Name) and isinstance(node.ctx, context)
 
 
-def _readers(source: str) -> dict[str, str]:  # names that lines of the cell read, with the line
-    lines = [o for o in _syntax(source).body if not isinstance(o, ast.FunctionDef | ast.ClassDef)]
-    values = [getattr(o, "value", o) if isinstance(o, ast.AnnAssign) else o for o in lines]
-    read = [
-        (o, line)
-        for line, value in zip(lines, values)
-        if value is not None
-        for o in ast.walk(value)
-    ]
-    return {o.id: ast.unparse(line).splitlines()[0] for o, line in read if _is_name(o, ast.Load)}
+def _readers(source: str) -> dict[str, str]:
+    "Names that lines of the cell read, each with its line."
+    readers = {}
+    for line in _syntax(source).body:
+        if isinstance(line, ast.FunctionDef | ast.ClassDef):
+            continue
+        value = line.value if isinstance(line, ast.AnnAssign) else line
+        names = [o.id for o in ast.walk(value) if _is_name(o, ast.Load)] if value else []
+        readers |= dict.fromkeys(names, ast.unparse(line).splitlines()[0])
+    return readers
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a03
 @dataclass(frozen=True)
@@ -182,151 +186,56 @@ def read_template(
     return Template(path, json.dumps(content), known, "\n".join(sources), readers)
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #ca491ea7
-_SEQUENCES = {"tuple": tuple, "Tuple": tuple, "list": list, "List": list, "Sequence": list}
-_MAPPINGS = {"dict", "Dict", "Mapping"}
-_TRIED = [
-    "None",
-    "Literal",
-    "bool",
-    "int",
-    "float",
-    *_SEQUENCES,
-    *_MAPPINGS,
-]  # of a union; text last
+def _no_bool(value):
+    if isinstance(value, bool | str):
+        raise ValueError
+    return value
 
 
-def _fit(value, kind: ast.expr, text: bool):
-    """`value` as an annotation wants it; `text`: as it comes from a command line.
-
-    Raises `ValueError` when it does not fit, `LookupError` when the annotation is of no known kind.
-    """
-    if isinstance(kind, ast.Constant) and isinstance(kind.value, str):
-        kind = ast.parse(kind.value, mode="eval").body
-    name, arguments = _parts(kind)
-    if name == "Union":
-        return _fit_one(value, arguments, text)
-    if name == "Optional":
-        return _fit_one(value, [*arguments, ast.Constant(None)], text)
-    if name in ("Annotated", "Final"):
-        return _fit(value, arguments[0], text)
-    if name == "Literal":
-        return _fit_choice(value, [ast.literal_eval(o) for o in arguments], text)
-    if name in ("Any", "object"):
-        return _plain(_literal_or_text(value) if text else value)
-    if name in _SEQUENCES or name in _MAPPINGS:
-        return _fit_container(value, name, arguments, text)
-    if name not in _SCALARS:
-        raise LookupError(name)
-    return _SCALARS[name](value, text)
+_TYPES = dict(
+    bool=InstanceOf[bool],
+    int=Annotated[int, BeforeValidator(_no_bool)],
+    float=Annotated[float, BeforeValidator(_no_bool)],
+    str=InstanceOf[str],  # half a surrogate pair is a text, too
+    object=Any,
+    Final=Union,  # `Final[int]` is `int`
+    Sequence=list,
+    Mapping=dict,
+)
+_TYPES |= {o.__name__: o for o in (Annotated, Any, Literal, Optional, Union, tuple, list, dict)}
+_TYPES |= {o.__name__.title(): o for o in (tuple, list, dict)}
 
 
-def _parts(
-    kind: ast.expr,
-) -> tuple[str, list[ast.expr]]:  # name of a type, and what stands in its brackets
-    if isinstance(kind, ast.Subscript):
-        inner = kind.slice
-        return _parts(kind.value)[0], inner.elts if isinstance(inner, ast.Tuple) else [inner]
-    if isinstance(kind, ast.BinOp):
-        return "Union", [kind.left, kind.right]
-    if isinstance(kind, ast.Attribute):
-        return kind.attr, []
-    if isinstance(kind, ast.Constant):
-        return str(kind.value), []
-    return (kind.id if isinstance(kind, ast.Name) else ""), []
+class _BareNames(ast.NodeTransformer):
+    def visit_Attribute(self, node):  # `typing.Optional` is `Optional`
+        return ast.Name(node.attr, ast.Load())
+
+
+def _checker(annotation: str) -> TypeAdapter:
+    "What checks values of an annotation. Raises `LookupError` when it is none of those above."
+    bare = ast.unparse(_BareNames().visit(ast.parse(annotation, mode="eval")))
+    holder = SimpleNamespace(__annotations__=dict(value=bare))
+    try:
+        hints = get_type_hints(holder, {"__builtins__": {}}, _TYPES, include_extras=True)
+        return TypeAdapter(hints["value"])
+    except (NameError, TypeError, SyntaxError, AttributeError, PydanticUserError):
+        raise LookupError(annotation) from None
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a04
-def _fit_none(value, text: bool) -> None:
-    if value is not None and not (text and value == "None"):
-        raise ValueError
+_WORDS = {"true": True, "false": False, "None": None}
 
 
-def _fit_bool(value, text: bool) -> bool:
-    if isinstance(value, bool):
-        return value
-    if not text or value.lower() not in ("true", "false"):
-        raise ValueError
-    return value.lower() == "true"
-
-
-def _fit_int(value, text: bool) -> int:
-    if isinstance(value, bool) or (isinstance(value, str) and not text):
-        raise ValueError
-    number = int(value)
-    if not isinstance(value, str) and number != value:
-        raise ValueError
-    return number
-
-
-def _fit_float(value, text: bool) -> float:
-    if isinstance(value, bool) or (isinstance(value, str) and not text):
-        raise ValueError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _fit_str(value, text: bool) -> str:
-    if not isinstance(value, str):
-        raise ValueError
-    return str(value)
-
-
-_SCALARS = {
-    "None": _fit_none,
-    "bool": _fit_bool,
-    "int": _fit_int,
-    "float": _fit_float,
-    "str": _fit_str,
-}
-
-
-def _fit_choice(value, choices: list, text: bool):
-    for choice in choices:
-        if type(value) is type(choice) and value == choice:
-            return choice
-        if text and value == str(choice):
-            return choice
-    raise ValueError
-
-# %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a05
-def _fit_one(value, kinds: list[ast.expr], text: bool):
-    "The first of several types that fits: its own type before others, text after all others."
-    while any(_parts(kind)[0] == "Union" for kind in kinds):
-        kinds = [
-            o for kind in kinds for o in (_parts(kind)[1] if _parts(kind)[0] == "Union" else [kind])
-        ]
-    order = [*([] if text else [type(value).__name__]), *_TRIED]
-    rank = lambda kind: order.index(_parts(kind)[0]) if _parts(kind)[0] in order else len(order)
-    unknown = 0
-    for kind in sorted(kinds, key=rank):
-        try:
-            return _fit(value, kind, text)
-        except (ValueError, TypeError, OverflowError):
-            pass
-        except LookupError:
-            unknown += 1
-    raise LookupError if unknown == len(kinds) else ValueError
-
-
-def _fit_container(value, name: str, arguments: list[ast.expr], text: bool):
-    if text:
-        value = _literal_or_text(value)
-    if name in _MAPPINGS:
-        if not isinstance(value, dict):
-            raise ValueError
-        inner = arguments[1] if arguments else ast.Name("Any")
-        return {_fit_str(key, False): _fit(o, inner, False) for key, o in value.items()}
-    if not isinstance(value, list | tuple):
-        raise ValueError
-    fixed = _SEQUENCES[name] is tuple and arguments and not _is_ellipsis(arguments[-1])
-    if not fixed:
-        arguments = [arguments[0] if arguments else ast.Name("Any")] * len(value)
-    return _SEQUENCES[name](_fit(o, kind, False) for o, kind in zip(value, arguments, strict=True))
-
-
-def _is_ellipsis(kind: ast.expr) -> bool:
-    return isinstance(kind, ast.Constant) and kind.value is ...
+def _readings(value) -> Iterator:
+    "What a text of the command line may stand for, itself last; anything else is what it is."
+    if isinstance(value, str):
+        for number in (int, float):
+            with suppress(ValueError):
+                yield number(value)
+        for word in {value, value.lower()} & _WORDS.keys():
+            yield _WORDS[word]
+        if value.strip().startswith(("(", "[", "{")):
+            yield _literal_or_text(value)
+    yield value
 
 
 def _literal_or_text(text: str):
@@ -337,14 +246,35 @@ def _literal_or_text(text: str):
 
 
 def _plain(value):
-    "`value`, if JSON holds it, tuples as lists. Raises `ValueError` otherwise."
+    "`value`, if JSON holds it. Raises `ValueError` otherwise."
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
     if isinstance(value, list | tuple):
         return type(value)(_plain(o) for o in value)
-    if isinstance(value, dict):
-        return {_fit_str(key, False): _plain(o) for key, o in value.items()}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(o) for key, o in value.items()}
     if value is None or isinstance(value, bool | int | str):
         return value
-    return _fit_float(value, False)
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise ValueError
+
+
+def _fit(value, annotation: str):
+    """`value`, or what it reads as, as an annotation wants it.
+
+    Raises `ValueError` when it does not fit, `LookupError` when the annotation is of no known kind.
+    """
+    checker, readings = _checker(annotation), _readings(value)
+    if annotation in ("Any", "object") and isinstance(value, str):
+        readings = [_literal_or_text(value)]
+    for reading in readings:
+        written = isinstance(value, str) and not isinstance(reading, list | tuple | dict)
+        with suppress(ValueError):  # pydantic's, too
+            fitted = checker.validate_python(_plain(reading), strict=written)
+            if isinstance(fitted, bool) == isinstance(reading, bool):  # 1 is not True
+                return fitted
+    raise ValueError
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a07
 _FOLDERS = {"out_dir", "prepare_dir"}
@@ -368,34 +298,24 @@ def read_value(
             f"(`{_short(parameter.source)}`), so it cannot be swept; give it a number, "
             "a text, True, False, None, or a tuple, list or dict of these."
         )
-    wanted = _wanted(parameter)
-    for kind in wanted:
+    unset = parameter.literal and parameter.default is None
+    if unset and (value is None or isinstance(value, str) and value == "None"):
+        return None
+    wanted = [parameter.annotation] if parameter.annotation else []
+    if parameter.literal and not unset:
+        wanted.append(type(parameter.default).__name__)
+    for annotation in wanted or ["Any"]:
         try:
-            return _fit(value, kind, isinstance(value, str))
+            return _fit(value, annotation)
         except LookupError:
             continue
-        except (ValueError, TypeError, OverflowError, SyntaxError):
-            pass
-        raise InputError(
-            f"`{name}` is {_short(repr(value))}, but `{path}` wants {ast.unparse(kind)}."
-        )
+        except ValueError:
+            given = _short(repr(value))
+            raise InputError(f"`{name}` is {given}, but `{path}` wants {annotation}.") from None
     raise InputError(
         f"`{name}` in `{path}` is annotated `{parameter.annotation}`, which a sweep "
         "cannot set; annotate int, float, str, bool, or a tuple, list or dict of these."
     )
-
-
-def _wanted(
-    parameter: Parameter,
-) -> list[ast.expr]:  # types to try, the first that is known decides
-    kinds = [ast.parse(parameter.annotation, mode="eval").body] if parameter.annotation else []
-    if not parameter.literal:
-        return kinds or [ast.Name("Any")]
-    if parameter.default is None and not kinds:
-        return [ast.Name("Any")]
-    if parameter.default is None:
-        return [ast.BinOp(kinds[0], ast.BitOr(), ast.Constant(None))]
-    return [*kinds, ast.Name(type(parameter.default).__name__)]
 
 
 def _short(text: str) -> str:
@@ -407,7 +327,10 @@ def read_grid(
     grid: dict[str, list],  # parameter name to its values
     seeds: int | None = None,  # repeats, with seeds 0, 1, …; None: the notebook's own seed
 ) -> list[dict]:  # the varied parameters of each run
-    "Every combination of values. Raises `ValueError` for an unknown name, a wrong type, an empty grid or a duplicate."
+    """Every combination of values.
+
+    Raises `ValueError` for an unknown name, a wrong type, an empty grid or a duplicate.
+    """
     grid = read_values(template, grid)
     if seeds is not None:
         if seeds < 1:
@@ -437,24 +360,19 @@ def read_values(
                 "`profile` is in the grid, but decides what is read; make a sweep for each."
             )
         read[name] = [read_value(template, name, value) for value in values]
-        if not read[name]:
-            example = _example(template, name)
+        if not read[name] and name in template.known:
+            example = template.known[name].source or "VALUE"
             raise InputError(f"`{name}` has no values; give at least one, e.g. {name}={example}.")
         if any(one == other for one, other in combinations(read[name], 2)):
             shown = ", ".join(map(str, read[name]))
             raise InputError(f"`{name}` has a value twice ({shown}); a run is made once.")
     return read
 
-
-def _example(template: Template, name: str) -> str:
-    parameter = template.known.get(name)
-    return parameter.source if parameter and parameter.source else "VALUE"
-
 # %% ../../nbs/sweeps/61_notebooks.ipynb #95bdf7c8
 def parse_grid(
     items: list[str],  # such as "beta=0.1,0.2"
 ) -> dict[str, list[str]]:  # for `read_grid`
-    "Read the command line's form of a grid. Raises `ValueError` for bad syntax or a name that is given twice."
+    "Read the command line's form of a grid. Raises `ValueError` for bad syntax, or a name twice."
     grid = {}
     for item in items:
         name, equals, rest = item.partition("=")
@@ -462,46 +380,33 @@ def parse_grid(
         if not (equals and name and all(values)):
             raise InputError(f"`grid` is {item!r}; give NAME=VALUE,VALUE, e.g. beta=0.1,0.2.")
         if name in grid:
-            raise InputError(
-                f"`grid` has '{name}' twice; put its values into one, e.g. {name}={','.join(grid[name] + values)}."
-            )
+            both = ",".join(grid[name] + values)
+            raise InputError(f"`grid` has '{name}' twice; put its values into one: {name}={both}.")
         grid[name] = values
     return grid
 
 
 def _split_values(text: str) -> list[str]:
     "Values between commas; a comma within brackets or within quotes there does not count."
-    values, at = [], 0
-    while True:
-        end = next((o for o in _ends(text, at) if _closed(text[at:o])), None)
-        if end is None:
-            end = next(_ends(text, at))
-        values.append(text[at:end].strip())
-        if end == len(text):
-            return values
-        at = end + 1
+    values, parts = [], text.split(",")
+    while parts:
+        sizes = range(1, len(parts) + 1)
+        size = next((o for o in sizes if _closed(",".join(parts[:o]))), 1)
+        values.append(",".join(parts[:size]).strip())
+        parts = parts[size:]
+    return values
 
 
-def _ends(text: str, at: int) -> Iterator[int]:  # where a value that begins at `at` may end
-    yield from (i for i in range(at, len(text)) if text[i] == ",")
-    yield len(text)
-
-
-def _closed(value: str) -> bool:  # a plain word, or a whole literal in brackets
-    return not value.strip().startswith(("(", "[", "{")) or not isinstance(
-        _literal_or_text(value), str
-    )
+def _closed(value: str) -> bool:
+    "Whether it is a plain word, or a whole literal in brackets."
+    bracket = value.strip().startswith(("(", "[", "{"))
+    return not bracket or not isinstance(_literal_or_text(value), str)
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #cb40debb
-_GRID = {
-    "estimators",
-    "betas",
-    "seeds",
-    "updates",
-}  # of a profile: which runs there are; one run has them as parameters
-_TIMES = {
-    f"{device}_{what}" for device in ("gpu", "cpu") for what in ("update_seconds", "stage_minutes")
-}  # change no result
+# Settings of a profile that say which runs there are (each has its own as parameters), and how
+# long they take, which changes no result.
+_GRID = {"estimators", "betas", "seeds", "updates"}
+_TIMES = {f"{o}_{what}" for o in ("gpu", "cpu") for what in ("update_seconds", "stage_minutes")}
 
 
 def _files(name: str, kind: str) -> Path | None:
@@ -528,7 +433,10 @@ def _settings(profile: Profile) -> dict:
 def profile_facts(
     profile: Profile | None,  # None: the notebook has no profile
 ) -> dict:  # for `Run.facts`
-    "Settings of a profile and digests of what they name. Raises `ValueError` when the shipped model is damaged."
+    """Settings of a profile and digests of what they name.
+
+    Raises `ValueError` when the shipped model is damaged.
+    """
     if profile is None:
         return {}
     names = dict(
@@ -548,66 +456,44 @@ def profile_argument(
     root: Path,  # folder of the sweep, or of the cache
 ) -> str:  # the preset's name, or the path of the file that `write_template` makes
     "What a notebook's parameter `profile` is given."
-    if (preset := PROFILES.get(profile.name)) is not None and _settings(preset) == _settings(
-        profile
-    ):
+    preset = PROFILES.get(profile.name)
+    if preset is not None and _settings(preset) == _settings(profile):
         return profile.name
-    return str(
-        root.resolve()
-        / "notebooks"
-        / f"profile-{text_digest(to_toml(profile))[:8]}"
-        / f"{profile.name}.toml"
-    )
+    folder = f"profile-{text_digest(to_toml(profile))[:8]}"
+    return str(root.resolve() / "notebooks" / folder / f"{profile.name}.toml")
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #9f820b67
 def make_runs(
     template: Template,  # the notebook
     cells: list[dict],  # what varies, from `read_grid`
     root: Path,  # folder of the sweep, or of the cache
-    profile: Profile
-    | None = None,  # its name, or a file with its settings, goes to the notebook, the settings into the identity
+    profile: Profile | None = None,  # settings that the notebook reads by name, or from a file
     prepared: Path | None = None,  # finished preparation, for a notebook that has `prepare_dir`
 ) -> list[Run]:
-    "A run for every cell of the grid. Raises `ValueError` when the notebook does not know the profile."
-    named_profile = (
-        {} if profile is None else dict(profile=read_value(template, "profile", profile.name))
-    )
-    defaults = _recorded(template) | named_profile
-    facts = dict(
-        notebook=text_digest(template.source),
-        code=code_digest(template.source),
-        **profile_facts(profile),
-    )
+    """A run for every cell of the grid.
+
+    Raises `ValueError` when the notebook does not know the profile.
+    """
+    root = root.resolve()
+    named = dict(profile=read_value(template, "profile", profile.name)) if profile else {}
+    facts = dict(notebook=text_digest(template.source), code=code_digest(template.source))
+    facts |= profile_facts(profile)
+    folders = {}
     if prepared is not None:
         facts["prepared"] = content_digest(prepared)
-    folders = dict(prepare_dir=str(prepared.resolve())) if prepared is not None else {}
-    if profile is not None and (given := profile_argument(profile, root)) != profile.name:
-        folders["profile"] = given
-    _check_given(template, {"out_dir", *folders, *named_profile, *cells[0]})
-    copy = root.resolve() / "notebooks" / f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
-    named = {
-        path.name[-12:]: path.name[:-13]
-        for path in (root / template.path.stem).glob("*-????????????")
-    }  # by earlier sweeps
-    varied = {
-        name
-        for name, first in cells[0].items()
-        if name == "seed" or any(cell[name] != first for cell in cells)
-    }
-    else_named = profile.name if profile else "run"
+        folders["prepare_dir"] = str(prepared.resolve())
+    if profile is not None and profile_argument(profile, root) != profile.name:
+        folders["profile"] = profile_argument(profile, root)
+    _check_given(template, {"out_dir", *folders, *named, *cells[0]})
+    copy = root / "notebooks" / f"{template.path.stem}-{facts['notebook'][:8]}.ipynb"
+    defaults, names = _recorded(template) | named, _names(cells, profile.name if profile else "run")
     runs = [
-        Run(
-            copy,
-            root.resolve(),
-            _name(cell, varied) or else_named,
-            defaults | cell,
-            folders,
-            facts,
-            named_profile | cell,
-        )
-        for cell in cells
+        Run(copy, root, name, defaults | cell, folders, facts, named | cell)
+        for name, cell in zip(names, cells)
     ]
-    return [replace(run, name=named.get(run.identity[:12], run.name)) for run in runs]
+    made = (root / template.path.stem).glob("*-????????????")  # by earlier sweeps
+    known = {path.name[-12:]: path.name[:-13] for path in made}
+    return [replace(run, name=known.get(run.identity[:12], run.name)) for run in runs]
 
 
 def _recorded(template: Template) -> dict:
@@ -617,38 +503,42 @@ def _recorded(template: Template) -> dict:
         if name in _FOLDERS or not parameter.source:
             continue
         recorded[name] = parameter.source
-        with suppress(ValueError, TypeError, OverflowError):
-            if parameter.literal:
+        if parameter.literal:
+            with suppress(ValueError):
                 recorded[name] = _plain(parameter.default)
     return recorded
 
-
+# %% ../../nbs/sweeps/61_notebooks.ipynb #5b0c1a0a
 def _check_given(template: Template, given: set[str]) -> None:
     path = template.path.name
-    if read := [name for name in template.readers if name in given]:
-        line = _short(template.readers[read[0]])
-        raise InputError(
-            f"the cell tagged `parameters` of `{path}` computes with `{read[0]}` (`{line}`) "
-            "before the sweep has set it; move that line to the next cell."
-        )
-    if bare := [
-        o for o in template.known if not template.known[o].source and o not in given | _FOLDERS
-    ]:
-        raise InputError(
-            f"`{bare[0]}` has no default in `{path}`; give it in the grid, e.g. {bare[0]}=VALUE."
-        )
+    for name, line in template.readers.items():
+        if name in given:
+            raise InputError(
+                f"the cell tagged `parameters` of `{path}` computes with `{name}` "
+                f"(`{_short(line)}`) before the sweep has set it; move that line to the next cell."
+            )
+    for name, parameter in template.known.items():
+        if not parameter.source and name not in given | _FOLDERS:
+            raise InputError(
+                f"`{name}` has no default in `{path}`; give it in the grid, e.g. {name}=VALUE."
+            )
 
 
-def _name(cell: dict, varied: set[str]) -> str:
-    items = sorted(
-        ((k, v) for k, v in cell.items() if k in varied),
-        key=lambda o: (o[0] == "seed", not isinstance(o[1], str)),
-    )
-    parts = [
-        v if isinstance(v, str) else f"{k}{v:g}" if isinstance(v, float) else f"{k}{v}"
-        for k, v in items
-    ]
-    return re.sub(r"[^\w.+-]", "_", "-".join(parts)).encode()[:80].decode(errors="ignore")
+def _names(cells: list[dict], otherwise: str) -> list[str]:
+    first = cells[0]
+    varied = [k for k in first if k == "seed" or any(cell[k] != first[k] for cell in cells)]
+    names = []
+    for cell in cells:
+        order = sorted(varied, key=lambda k: (k == "seed", not isinstance(cell[k], str)))
+        name = re.sub(r"[^\w.+-]", "_", "-".join(_named(k, cell[k]) for k in order))
+        names.append(name.encode()[:80].decode(errors="ignore") or otherwise)
+    return names
+
+
+def _named(parameter: str, value) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{parameter}{value:g}" if isinstance(value, float) else f"{parameter}{value}"
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #b4edc326
 def write_template(
@@ -675,14 +565,15 @@ def set_parameters(
     "The notebook with a cell that sets values, below the one tagged `parameters`."
     content = nbformat.reads(notebook.read_text(encoding="utf-8"), as_version=4)
     content = nbformat.v4.upgrade(content)
-    tagged = lambda cell, tag: tag in cell.metadata.get("tags", [])
-    cells = [cell for cell in content.cells if not tagged(cell, "injected-parameters")]
-    place = next((i for i, cell in enumerate(cells) if tagged(cell, "parameters")), None)
-    if place is None:
-        raise InputError(f"`{notebook.name}` has no cell tagged `parameters`.")
     source = "\n".join(["# Parameters", *(f"{name} = {value!r}" for name, value in values.items())])
     setting = nbformat.v4.new_code_cell(source, metadata=dict(tags=["injected-parameters"]))
-    cells.insert(place + 1, setting)
+    cells = []
+    for cell in content.cells:
+        tags = cell.metadata.get("tags", [])
+        cells += [] if "injected-parameters" in tags else [cell]
+        cells += [setting] if "parameters" in tags else []
+    if setting not in cells:
+        raise InputError(f"`{notebook.name}` has no cell tagged `parameters`.")
     content.cells = cells
     return content
 
@@ -691,6 +582,8 @@ _LAUNCH = """import ctypes, os, runpy
 if hasattr(ctypes.CDLL(None), "prctl"): ctypes.CDLL(None).prctl(1, 9)
 if os.getppid() != int(os.environ["JPY_PARENT_PID"]): os._exit(1)  # died before the line above
 runpy.run_module("ipykernel_launcher", run_name="__main__")"""
+
+_LOG = logging.getLogger("klrb.kernel")
 
 
 class _Client(PapermillNotebookClient):
@@ -705,20 +598,13 @@ class _Engine(NBClientEngine):
     def execute_managed_notebook(
         cls, nb_man, kernel_name, *, popen, started=lambda process: None, **kwargs
     ):
-        client = _Client(
-            nb_man,
-            kernel_name=kernel_name,
-            startup_timeout=120,
-            log=logging.getLogger("klrb.kernel"),
-        )
+        client = _Client(nb_man, kernel_name=kernel_name, startup_timeout=120, log=_LOG)
         client.started = started  # called with the process of the kernel
         client.execute(**popen)
 
 
 papermill_engines.register("klrb", _Engine)
-logging.getLogger("klrb.kernel").setLevel(
-    logging.CRITICAL
-)  # every error reaches us as an exception
+_LOG.setLevel(logging.CRITICAL)  # every error reaches us as an exception
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #902bda33
 def _oom_kills() -> int:
@@ -781,22 +667,14 @@ def interrupt(
 
 
 def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Callable) -> None:
-    environ = {**_MALLOC, **os.environ} | (
-        {} if threads is None else dict(OMP_NUM_THREADS=str(threads))
-    )
+    environ = {**_MALLOC, **os.environ}
+    if threads is not None:
+        environ["OMP_NUM_THREADS"] = str(threads)
     popen = dict(env=environ, cwd=str(run.folder), stdout=log, stderr=log, pass_fds=[descriptor])
-    in_context = (
-        Context().run
-    )  # Jupyter keeps its event loop in the context, which threads of one worker may share
     values = {**run.given, **run.folders, "out_dir": str(run.folder)}
-    in_context(
-        execute_with,
-        run.notebook,
-        run.folder / "executed.ipynb",
-        values,
-        popen=popen,
-        started=started,
-    )
+    run_it = partial(execute_with, run.notebook, run.folder / "executed.ipynb", values)
+    # Jupyter keeps its event loop in the context, which threads of one worker may share.
+    Context().run(run_it, popen=popen, started=started)
     if not (run.folder / "result.json").is_file():
         raise StateError("the notebook ended without writing result.json")
     if read_json(run.folder / "result.json") is None:
@@ -809,7 +687,10 @@ def execute_with(
     values: dict,  # of parameters, by name
     **options,  # for our engine: `popen` of the kernel, and `started`, called with its process
 ) -> None:
-    "Execute a notebook with parameters. Raises `papermill.PapermillExecutionError` when a cell fails."
+    """Execute a notebook with parameters.
+
+    Raises `papermill.PapermillExecutionError` when a cell fails.
+    """
     path = str(executed).replace("{", "{{").replace("}", "}}")  # papermill formats it
     pm.execute_notebook(
         set_parameters(notebook, values),
@@ -829,9 +710,10 @@ def execute(
 ) -> dict:  # state ("done", "failed", "interrupted", "busy"), reason, seconds
     "Execute a run into its folder, from its last checkpoint if its notebook keeps one."
     began = time.perf_counter()
-    outcome = lambda state, reason="": dict(
-        state=state, reason=reason, seconds=round(time.perf_counter() - began, 2)
-    )
+
+    def outcome(state: str, reason: str = "") -> dict:
+        return dict(state=state, reason=reason, seconds=round(time.perf_counter() - began, 2))
+
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
         with locked(run.folder, wait) as descriptor:
@@ -848,21 +730,10 @@ def execute(
 
 # %% ../../nbs/sweeps/61_notebooks.ipynb #91162a4a
 def _record(run: Run, state: str, attempts: list[dict]) -> None:
-    write_atomic(
-        run.folder / "run.json",
-        json.dumps(
-            dict(
-                identity=run.identity,
-                state=state,
-                notebook=run.notebook.name,
-                parameters=run.parameters,
-                facts=run.facts,
-                attempts=attempts,
-                files=manifest(run.folder) if state == "done" else {},
-            ),
-            indent=1,
-        ),
-    )
+    record = dict(identity=run.identity, state=state, notebook=run.notebook.name)
+    record |= dict(parameters=run.parameters, facts=run.facts, attempts=attempts)
+    record["files"] = manifest(run.folder) if state == "done" else {}
+    write_atomic(run.folder / "run.json", json.dumps(record, indent=1))
 
 
 def _attempt(
@@ -870,9 +741,12 @@ def _attempt(
 ) -> tuple[str, str]:
     processes = _KERNELS[run.key] = []
     overdue, oom_before = threading.Event(), _oom_kills()
-    timer = threading.Timer(
-        timeout or 0, lambda: (overdue.set(), _signal_kernel(run.key, signal.SIGKILL))
-    )
+
+    def late():
+        overdue.set()
+        _signal_kernel(run.key, signal.SIGKILL)
+
+    timer = threading.Timer(timeout or 0, late)
 
     def started(process):
         processes.append(process)
@@ -895,14 +769,10 @@ def _attempt(
 
 
 def _start(run: Run) -> None:
-    source = "\n".join(
-        "".join(o["source"])
-        for o in json.loads(run.notebook.read_bytes())["cells"]
-        if o["cell_type"] == "code"
-    )
-    if code_digest(source) != run.facts["code"]:
+    if code_digest(read_template(run.notebook).source) != run.facts["code"]:
         raise StateError(
-            "the code of klrb here is not that of the sweep; it was edited, or this machine has another version"
+            "the code of klrb here is not that of the sweep; it was edited, "
+            "or this machine has another version"
         )
     for stale in [*run.folder.glob("*.tmp"), run.folder / "result.json"]:
         stale.unlink(missing_ok=True)

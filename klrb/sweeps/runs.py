@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import StateError
-from ..files import digest, text_digest, write_atomic
+from ..files import digest, flush, text_digest, write_atomic
 
 # %% auto #0
 __all__ = ['reached_modules', 'code_digest', 'environment', 'Run', 'manifest', 'read_json', 'read_record', 'read_result',
@@ -129,7 +128,8 @@ class Run:
     @property
     def key(self) -> str:  # "notebook/name-identity"
         "Path of the folder within `root`."
-        return f"{self.notebook.stem.rpartition('-')[0] or self.notebook.stem}/{self.name}-{self.identity[:12]}"
+        stem = self.notebook.stem.rpartition("-")[0] or self.notebook.stem
+        return f"{stem}/{self.name}-{self.identity[:12]}"
 
     @property
     def folder(self) -> Path:
@@ -152,7 +152,7 @@ def manifest(
     "Digests of the files that a run has written, after flushing them to disk."
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OWN]
     for path in paths:
-        _sync(path)
+        flush(path)
     return {p.relative_to(folder).as_posix(): digest(p) for p in paths}
 
 
@@ -209,7 +209,7 @@ def damaged(
 def content_digest(
     folder: Path,  # of a finished run
 ) -> str:  # sha256
-    "Digest of what later runs read from this one: every file except those that hold times and versions."
+    "Digest of what later runs read: every file except those that hold times and versions."
     files = read_record(folder).get("files")
     if not files:
         raise StateError(
