@@ -23,21 +23,15 @@ from typer.testing import CliRunner
 
 from klrb import models
 from klrb.sweeps import notebooks
-from klrb.sweeps import study
 from klrb.cli import app
-from klrb.sweeps.notebooks import execute, make_runs, read_grid, read_template, write_template
+from klrb.sweeps import sweep as sweep_module
+from klrb.sweeps import workers
+from klrb.sweeps.notebooks import execute, make_runs, write_template
+from klrb.sweeps.parameters import parse_grid, read_grid, read_template
 from klrb.files import digest
 from klrb.sweeps.runs import read_record
-from klrb.sweeps.study import (
-    Execution,
-    SweepFailed,
-    known_costs,
-    report,
-    retry,
-    share_cores,
-    status,
-    sweep,
-)
+from klrb.sweeps.sweep import SweepFailed, render, retry, status, sweep
+from klrb.sweeps.workers import Execution, known_costs, last_update, share_cores
 
 PARAMETERS = """seed: int = 0  # of the curve
 beta: float = 0.5  # of the curve
@@ -111,8 +105,8 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(notebooks, "environment", dict)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(
-        study,
-        "run_all",
+        sweep_module,
+        "execute_all",
         lambda runs, execution, costs=None: {run.key: execute(run) for run in runs},
     )
     return executed
@@ -267,7 +261,7 @@ def test_a_sweep_that_is_killed_finishes_as_if_nothing_had_happened(notebook, tm
 
     def reached(updates):
         def has():
-            return sum(study.last_update(o) or 0 for o in out.glob("curve/*")) >= updates
+            return sum(last_update(o) or 0 for o in out.glob("curve/*")) >= updates
 
         return lambda: until(has)
 
@@ -362,7 +356,7 @@ def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
     while kills and process.poll() is None:
         time.sleep(1)
         for folder in (tmp_path / "out" / "rloo").glob("*"):
-            update = study.last_update(folder) or 0
+            update = last_update(folder) or 0
             if update >= killed_at.get(folder, 0) + 10 and list(
                 folder.glob("trainer/checkpoint-*")
             ):
@@ -407,7 +401,7 @@ def test_ctrl_c_interrupts_the_kernels_and_keeps_their_metrics(notebook, tmp_pat
     process = start(
         notebook, out, "--grid", "updates=1000", "--grid", "pause=0.1", "--seeds", 3, "--workers", 1
     )
-    until(lambda: any(study.last_update(path.parent) for path in out.glob("curve/*/metrics.csv")))
+    until(lambda: any(last_update(path.parent) for path in out.glob("curve/*/metrics.csv")))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "Traceback" not in output, output
@@ -600,7 +594,7 @@ def test_another_preparation_is_another_run(prepared_notebook, tmp_path, no_kern
 def test_a_report_of_half_a_sweep(notebook, tmp_path, capsys, no_kernel):
     with pytest.raises(SweepFailed):
         sweep(notebook, grid=dict(mode=["work", "raise"]), seeds=2, out=tmp_path / "out")
-    rows = list(csv.DictReader((report(tmp_path / "out") / "sweep.csv").open()))
+    rows = list(csv.DictReader((render(tmp_path / "out") / "sweep.csv").open()))
     assert "2 of 4 runs are finished: the report is partial" in capsys.readouterr().out
     assert [(o["mode"], o["state"], o["reward"] != "") for o in rows] == [
         ("work", "done", True),
@@ -811,7 +805,7 @@ GIVEN = {  # of CELL, on the command line
 def test_values_of_the_command_line(tmp_path, case):
     name, text, expected = GIVEN[case]
     template = read_template(write_notebook(tmp_path / "odd.ipynb", CELL))
-    cells = read_grid(template, notebooks.parse_grid([f"{name}={text}"]))
+    cells = read_grid(template, parse_grid([f"{name}={text}"]))
     assert [repr(cell[name]) for cell in cells] == [repr(value) for value in expected]
 
 
@@ -905,7 +899,7 @@ json.dump(dict(reward=betas[0]), open(out_dir + '/result.json', 'w'))"""
     assert fails(retry, tmp_path / "out") == 1
     grid = dict(betas=["(0.8,0.9)", (0.99, 1.0)])
     assert fails(sweep, path, grid=grid, out=tmp_path / "out") == 1
-    rows = list(csv.DictReader((report(tmp_path / "out") / "sweep.csv").open()))
+    rows = list(csv.DictReader((render(tmp_path / "out") / "sweep.csv").open()))
     assert [(o["betas"], o["state"]) for o in rows] == [
         ("[0.8, 0.9]", "done"),
         ("[0.99, 1.0]", "failed"),
@@ -1032,7 +1026,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options(notebook, tmp_path, case, monkeypatch):
     options, message = BAD_OPTIONS[case]
-    monkeypatch.setattr(study, "_CONNECT", 0.5)
+    monkeypatch.setattr(workers, "_CONNECT", 0.5)
     before = sorted(tmp_path.rglob("*"))
     output = refused("sweep", notebook, "--out", tmp_path / "deep" / "out", *options)
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
@@ -1096,7 +1090,7 @@ BAD_FOLDERS = {
     "below a file": (lambda path, patch: path.write_text(""), "below", "Not a directory"),
     "read-only": (lambda path, patch: path.symlink_to("/proc/self"), "out", "cannot be written"),
     "full": (
-        lambda path, patch: patch.setattr(study.tempfile, "TemporaryFile", no_space),
+        lambda path, patch: patch.setattr(sweep_module.tempfile, "TemporaryFile", no_space),
         "deep/out",
         "No space left",
     ),
