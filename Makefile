@@ -17,6 +17,9 @@ export TOKENIZERS_PARALLELISM ?= false
 export TRANSFORMERS_VERBOSITY ?= error
 unexport PYTHONPATH PYTHONHOME
 
+# What git sees of the tree, changes included; nothing where there is no git.
+state = { git status --porcelain --untracked-files=all && git diff || true; } 2>/dev/null | cksum
+
 # Lines of the recipes that time a stage: $(call start,heading) ... $(finish)
 start = echo; echo "== $(1)"; began=$$SECONDS
 finish = echo "== done in $$((SECONDS - began)) s"
@@ -35,7 +38,8 @@ help:
 	END
 
 test: venv
-	@$(call start,1/4 export and clean in sync; form)
+	@before=$$($(state))
+	$(call start,1/4 export and clean in sync; form)
 	$(PY) tests/check_sync.py export --check
 	$(VENV)/bin/ruff check nbs tests
 	$(VENV)/bin/ruff format --check nbs tests
@@ -48,6 +52,7 @@ test: venv
 	$(finish)
 	$(call start,4/4 pytest (its last line gives the time))
 	$(PY) -m pytest
+	if [ "$$before" != "$$($(state))" ]; then git status --short; echo "make test has changed the tree" >&2; exit 1; fi
 
 study: venv $(if $(filter smol,$(PROFILE)),smol)
 	@echo "running the study, profile $(PROFILE)"

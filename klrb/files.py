@@ -17,12 +17,14 @@ from typing import Any
 from .errors import InputError, MissingFileError
 
 # %% auto #0
-__all__ = ['PACKAGED', 'write_atomic', 'text_digest', 'digest', 'PackagedFile', 'packaged_file', 'split_revision',
+__all__ = ['PACKAGED', 'flush', 'write_atomic', 'text_digest', 'digest', 'PackagedFile', 'packaged_file', 'split_revision',
            'download_command', 'hub_folder']
 
 # %% ../nbs/ground/01_files.ipynb #6767cea9
-def _sync(path: Path) -> None:
-    "Flush a folder's entries to the disk."
+def flush(
+    path: Path,  # file, or folder for its entries
+) -> None:
+    "Put on the disk what has been written."
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,7 +51,7 @@ def write_atomic(
     except (OSError, ValueError):
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    flush(path.parent)
 
 # %% ../nbs/ground/01_files.ipynb #b453fbd5
 @lru_cache(maxsize=None)

@@ -66,7 +66,7 @@ def student_interval(
     level: float = 0.95,  # probability of covering the truth
     skewness: float = 0.0,  # skewness of the units' sums
 ) -> Interval:
-    "The interval of an estimate whose standard error is known. Raises `ValueError` for a bad level."
+    "The interval of an estimate with a known standard error. Raises `ValueError` for a bad level."
     if not 0 < level < 1:
         raise InputError(f"`level` is {level!r}; it must be between 0 and 1, such as 0.95.")
     if num_clusters < 2 or not math.isfinite(mean):

@@ -53,7 +53,7 @@ MARKERS: dict[str, str] = {name: look.marker for name, look in SCHEME.items()}
 def in_order(
     names: Iterable[str],  # methods that occur, with repetitions or without
 ) -> list[str]:  # the distinct ones, in the order of `ORDER`
-    "The methods that occur, in the order every figure uses. Raises `ValueError` for an unknown one."
+    "The methods that occur, in the order of every figure. Raises `ValueError` for an unknown one."
     found = set(names)
     if unknown := sorted(map(str, found - set(ORDER))):
         listed = ", ".join(map(repr, unknown))

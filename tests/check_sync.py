@@ -1,10 +1,16 @@
 """Generated files against their notebooks.
 
-python tests/check_sync.py export [--check]   nbdev_export and nbdev_clean; with --check any change fails
-python tests/check_sync.py readme [--check]   nbs/index.ipynb -> README.md; with --check only compare
+python tests/check_sync.py export   nbdev_export and nbdev_clean; with --check any change fails
+python tests/check_sync.py readme   nbs/index.ipynb -> README.md; with --check only compare
 """
 
-import argparse, difflib, os, posixpath, re, subprocess, sys
+import argparse
+import difflib
+import os
+import posixpath
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -14,7 +20,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 README_NOTE = "<!-- Generated from nbs/index.ipynb by `make readme`: edit the notebook. -->\n\n"
 
-# Outputs become text blocks; the language is fixed because nbdev_clean may drop it from the metadata.
+# Outputs become text blocks; the language is fixed: nbdev_clean may drop it from the metadata.
 TEMPLATE = """{%- extends 'markdown/index.md.j2' -%}
 {% block input %}
 ```python
@@ -83,7 +89,10 @@ def _root_links(text: str) -> str:
 
 
 def render_readme(nb: nbformat.NotebookNode) -> str:
-    "Markdown of `nb`: hidden cells left out, `echo: false` without source, directives stripped, links from the root"
+    """Markdown of `nb`, with links from the root.
+
+    Hidden cells are left out, cells with `echo: false` have no source, directives are stripped.
+    """
     cells = []
     for cell in nb.cells:
         lines = cell.source.splitlines()
@@ -103,8 +112,9 @@ def render_readme(nb: nbformat.NotebookNode) -> str:
                     output.data = {"text/markdown": data["text/markdown"]}
                 elif any(o.startswith("image/") for o in data):
                     raise ValueError(
-                        "nbs/index.ipynb has an image among its outputs, which a README cannot carry: "
-                        "link the saved file, ![...](../outputs/published/...), in a markdown cell"
+                        "nbs/index.ipynb has an image among its outputs, which a README cannot "
+                        "carry: link the saved file, ![...](../outputs/published/...), "
+                        "in a markdown cell"
                     )
                 elif "data" in output:
                     output.data = {"text/plain": data.get("text/plain", "")}

@@ -1,9 +1,10 @@
 """What two ways of computing may differ by: bounds of rounding errors, from the sums that are made.
 
-They hold for every order of a sum, with and without vectors, FMA and compiler. u is half the spacing of floats at 1. A
-sum of n terms makes n roundings of partial sums, none above sum|x|. In the worst case they add up to n u sum|x|. Taken as
-independent, each uniform within u, their sum has a standard deviation of at most sqrt(n/3) u sum|x|; six of these are
-exceeded once in 500 million sums. (The model is that of Higham and Mary, A new approach to probabilistic rounding error
+They hold for every order of a sum, with and without vectors, FMA and compiler. u is half the
+spacing of floats at 1. A sum of n terms makes n roundings of partial sums, none above sum|x|. In
+the worst case they add up to n u sum|x|. Taken as independent, each uniform within u, their sum has
+a standard deviation of at most sqrt(n/3) u sum|x|; six of these are exceeded once in 500 million
+sums. (The model is that of Higham and Mary, A new approach to probabilistic rounding error
 analysis, SIAM J. Sci. Comput. 41, 2019.)
 """
 
@@ -38,10 +39,11 @@ def _dtype(value):
 
 
 def agree(value, exact, terms: int = 2**12, size: float = 1.0, **kwargs):
-    """Both come from sums of at most `terms` terms, whose absolute values add up to at most `size` or the value itself.
+    """Both come from sums of at most `terms` terms.
 
-    `terms` counts every rounding on the way: the default has room for some hundred terms, each with its exp and log, which
-    the small cases of the tests do not exceed.
+    Their absolute values add up to at most `size` or the value itself. `terms` counts every
+    rounding on the way: the default has room for some hundred terms, each with its exp and log,
+    which the small cases of the tests do not exceed.
     """
     tolerance = 2 * gamma(
         terms, max(_dtype(value), _dtype(exact), key=unit)
@@ -52,8 +54,9 @@ def agree(value, exact, terms: int = 2**12, size: float = 1.0, **kwargs):
 def unbiased(moments, exact: float | None = None) -> bool:
     """Whether the mean of `exact_moments` or `exact_gradient_moments` is exact up to rounding.
 
-    The mean is a sum of probabilities times values; the absolute values add up to less than the standard deviation plus
-    the mean. `exact` may be left out where the moments know it, as those of gradients do.
+    The mean is a sum of probabilities times values; the absolute values add up to less than the
+    standard deviation plus the mean. `exact` may be left out where the moments know it, as those of
+    gradients do.
     """
     exact = torch.as_tensor(moments.exact if exact is None else exact)
     error = (torch.as_tensor(moments.mean) - exact).norm()
@@ -75,7 +78,7 @@ def assert_within(value: Tensor, exact: Tensor, tolerance: Tensor):
 
 
 class StepKL(NamedTuple):
-    "Of each step: the KL, (..., ), and its gradients in both logits, (..., V); or what each may be off by"
+    "Of each step: the KL, (...,), and its gradients in both logits, (..., V); or their tolerances"
 
     kl: Tensor
     policy_grad: Tensor
@@ -102,9 +105,11 @@ def step_kl_error(
     policy_error: Tensor | float = 0.0,
     ref_error: Tensor | float = 0.0,
 ) -> StepKL:
-    """What `step_kl` and the textbook may be off by: eq. 7 of 01_steps with a first-order error at each operation.
+    """What `step_kl` and the textbook may be off by.
 
-    `dtype` is the one in which the sums are made; the two `_error` are those of the logits, where they are products.
+    That is eq. 7 of the chapter on digits with a first-order error at each operation. `dtype` is
+    the one in which the sums are made; the two `_error` are those of the logits, where they are
+    products.
     """
     a, b = policy_logits.detach().double(), ref_logits.detach().double()
     u, terms = unit(dtype), a.shape[-1]
@@ -126,7 +131,9 @@ def step_kl_error(
     by_parts = q * of_q + p * of_p * (1 + delta.abs()) + FUSED * u * (q + p * (1 + delta.abs()))
     of_term = (q - p).abs() * of_delta + torch.where(near, by_series, by_parts)
 
-    total = lambda o: o.sum(-1, True)
+    def total(values):
+        return values.sum(-1, True)
+
     zp, zq, m, s = total(p), total(q), -total(p * delta), total(term)
     sums = gamma(terms, dtype)
     of_zp, of_zq = sums + total(p * of_p) / zp, sums + total(q * of_q) / zq

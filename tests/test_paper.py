@@ -26,12 +26,14 @@ from typer.testing import CliRunner
 import klrb.rlhf.training
 from klrb.cli import app
 from klrb.models import load_model, load_tokenizer
-from klrb.sweeps.notebooks import make_runs, read_template, write_template
+from klrb.sweeps.notebooks import make_runs, write_template
+from klrb.sweeps.parameters import read_template
 from klrb.rlhf.profiles import PROFILES, check_downloads, get_profile, to_toml
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
 from klrb.rloo import RBRLOOConfig, _batch_per_process, train_rloo
 from klrb.files import write_atomic
-from klrb.sweeps.study import SweepFailed, estimate_study, retry, sweep
+from klrb.sweeps.study import estimate_study
+from klrb.sweeps.sweep import SweepFailed, retry, sweep
 from test_study import no_kernel, write_notebook  # noqa: F401, a fixture
 from test_trainer import CPU, PROMPTS, count_e
 

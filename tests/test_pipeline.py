@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from klrb.models import POCKET, load_model, load_tokenizer, pocket_training, sample_rollouts
-from klrb.sweeps.notebooks import make_runs, read_grid, read_template
+from klrb.sweeps.notebooks import make_runs
+from klrb.sweeps.parameters import read_grid, read_template
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.reviews import load_reviews, split_reviews
 from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer, rloo_config, train_rloo

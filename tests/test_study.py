@@ -1,7 +1,7 @@
 """Sweeps: bad input, failures, two at once, and being killed at random moments.
 
-The notebook under test writes a curve that is computed here again, so that what a sweep leaves behind has an independent
-oracle. It keeps a checkpoint after every update, as the trainer does.
+The notebook under test writes a curve that is computed here again, so that what a sweep leaves
+behind has an independent oracle. It keeps a checkpoint after every update, as the trainer does.
 """
 
 import csv
@@ -23,21 +23,15 @@ from typer.testing import CliRunner
 
 from klrb import models
 from klrb.sweeps import notebooks
-from klrb.sweeps import study
 from klrb.cli import app
-from klrb.sweeps.notebooks import execute, make_runs, read_grid, read_template, write_template
+from klrb.sweeps import sweep as sweep_module
+from klrb.sweeps import workers
+from klrb.sweeps.notebooks import execute, make_runs, write_template
+from klrb.sweeps.parameters import parse_grid, read_grid, read_template
 from klrb.files import digest
 from klrb.sweeps.runs import read_record
-from klrb.sweeps.study import (
-    Execution,
-    SweepFailed,
-    known_costs,
-    report,
-    retry,
-    share_cores,
-    status,
-    sweep,
-)
+from klrb.sweeps.sweep import SweepFailed, render, retry, status, sweep
+from klrb.sweeps.workers import Execution, known_costs, last_update, share_cores
 
 PARAMETERS = """seed: int = 0  # of the curve
 beta: float = 0.5  # of the curve
@@ -62,7 +56,8 @@ for step in range(done + 1, updates + 1):
     time.sleep(pause)
     value = beta * value + rng.gauss(0, 1)
     with (out/"metrics.csv").open("a") as file: file.write(f"{seed},{step},reward,{value!r},1\\n")
-    (out/"checkpoint.json.tmp").write_text(json.dumps([step, value, rng.getstate(), (out/"metrics.csv").read_text()]))
+    state = [step, value, rng.getstate(), (out/"metrics.csv").read_text()]
+    (out/"checkpoint.json.tmp").write_text(json.dumps(state))
     os.replace(out/"checkpoint.json.tmp", out/"checkpoint.json")
 if mode != "silent":
     (out/"result.json.tmp").write_text(json.dumps(dict(reward=value, seed=seed, beta=beta)))
@@ -95,7 +90,10 @@ def notebook(tmp_path):
 
 @pytest.fixture
 def no_kernel(monkeypatch):
-    "Runs in this process, for what does not depend on kernels and workers; returns the list of the runs that were executed"
+    """Runs in this process, for what does not depend on kernels and workers.
+
+    Returns the list of the runs that were executed.
+    """
     executed = []
 
     def fake(run, descriptor, threads, log, started):
@@ -107,8 +105,8 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(notebooks, "environment", dict)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(
-        study,
-        "run_all",
+        sweep_module,
+        "execute_all",
         lambda runs, execution, costs=None: {run.key: execute(run) for run in runs},
     )
     return executed
@@ -126,9 +124,10 @@ def start(notebook, out, *options):
         str(out),
         *map(str, options),
     ]
-    hear_interrupts = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background jobs, such as these tests, ignore it
+
+    def hear_interrupts():  # a shell's background jobs, such as these tests, ignore them
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -176,7 +175,7 @@ def check_finished(out, seeds, betas, updates):
 
 
 def gone_is_none(ask):
-    "What a process says of itself; None when it has ended meanwhile, or is a zombie, or is somebody else's"
+    "What a process says of itself; None when it has ended, is a zombie, or is somebody else's"
     try:
         return ask()
     except psutil.Error:
@@ -208,8 +207,11 @@ def until(condition, seconds=300):
 
 
 def torment(notebook, out, blows, options):
-    """A sweep that receives `blows`, each a call that waits and what to kill then, started anew whenever it has ended.
-    Returns what was killed, and the time stamps of results that were seen finished before the last blow."""
+    """A sweep that receives `blows`, each a call that waits and what to kill then.
+
+    It is started anew whenever it has ended. Returns what was killed, and the time stamps of
+    results that were seen finished before the last blow.
+    """
     killed, seen = [], {}
     process = start(notebook, out, *options)
     for wait, target in blows:
@@ -251,15 +253,22 @@ def check_torment(notebook, out, blows, seeds, betas, updates, pause):
 
 
 def test_a_sweep_that_is_killed_finishes_as_if_nothing_had_happened(notebook, tmp_path):
-    """A worker is killed while the first run is at work, the sweep when that run, and any other, has made its way again."""
+    """A worker is killed while the first run is at work.
+
+    The sweep is killed when that run, and any other, has made its way again.
+    """
     out = tmp_path / "out"
-    reached = lambda: sum(study.last_update(folder) or 0 for folder in out.glob("curve/*"))
-    at_work = lambda: until(lambda: reached() >= 1)
-    further = lambda: until(lambda: reached() >= 10)
+
+    def reached(updates):
+        def has():
+            return sum(last_update(o) or 0 for o in out.glob("curve/*")) >= updates
+
+        return lambda: until(has)
+
     killed = check_torment(
         notebook,
         out,
-        [(at_work, "worker"), (further, "sweep")],
+        [(reached(1), "worker"), (reached(10), "sweep")],
         seeds=2,
         betas=[0.1, 0.5],
         updates=8,
@@ -271,7 +280,10 @@ def test_a_sweep_that_is_killed_finishes_as_if_nothing_had_happened(notebook, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("repetition", range(3))
 def test_thirty_kills(notebook, tmp_path, repetition):
-    """Twelve runs, killed at thirty random moments. The tally goes to outputs/published/sweep/crash.csv."""
+    """Twelve runs, killed at thirty random moments.
+
+    With KLRB_CRASH set to a path, the tally goes there: outputs/published/sweep/crash.csv.
+    """
     began, rng = time.perf_counter(), random.Random(repetition)
     grid = dict(seeds=4, betas=[0.1, 0.5, 0.9], updates=20, pause=0.15)
     check_torment(notebook, tmp_path / "calm", [], **grid)
@@ -286,14 +298,8 @@ def test_thirty_kills(notebook, tmp_path, repetition):
     for folder in (tmp_path / "calm" / "curve").iterdir():
         for name in ("metrics.csv", "result.json"):
             assert digest(folder / name) == digest(tmp_path / "out" / "curve" / folder.name / name)
-    path = Path(__file__).parents[1] / "outputs" / "published" / "sweep" / "crash.csv"
-    rows = (
-        [row for row in csv.DictReader(path.open()) if row["repetition"] != str(repetition)]
-        if path.is_file()
-        else []
-    )
-    rows.append(
-        dict(
+    if "KLRB_CRASH" in os.environ:
+        row = dict(
             repetition=repetition,
             runs=len(attempts),
             sweeps_killed=killed.count("sweep"),
@@ -302,16 +308,25 @@ def test_thirty_kills(notebook, tmp_path, repetition):
             failed_attempts=sum(attempts) - len(attempts),
             seconds=round(time.perf_counter() - began),
         )
-    )
+        add_row(Path(os.environ["KLRB_CRASH"]), row)
+
+
+def add_row(path, row):
+    "Put a repetition into the table, in the place of an earlier one"
+    rows = list(csv.DictReader(path.open())) if path.is_file() else []
+    rows = [o for o in rows if o["repetition"] != str(row["repetition"])] + [row]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerows(sorted(rows, key=lambda row: int(row["repetition"])))
 
 
 @pytest.mark.slow
 def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
-    """Two arms of the real experiment, workers killed while they train: curves and evaluations as without."""
+    """Two arms of the real experiment, workers killed while they train.
+
+    Curves and evaluations are as without.
+    """
     rloo = Path(__file__).parents[1] / "nbs" / "experiments" / "rloo.ipynb"
     options = [
         "--profile",
@@ -341,7 +356,7 @@ def test_the_trainer_goes_on_from_its_checkpoint(tmp_path):
     while kills and process.poll() is None:
         time.sleep(1)
         for folder in (tmp_path / "out" / "rloo").glob("*"):
-            update = study.last_update(folder) or 0
+            update = last_update(folder) or 0
             if update >= killed_at.get(folder, 0) + 10 and list(
                 folder.glob("trainer/checkpoint-*")
             ):
@@ -386,7 +401,7 @@ def test_ctrl_c_interrupts_the_kernels_and_keeps_their_metrics(notebook, tmp_pat
     process = start(
         notebook, out, "--grid", "updates=1000", "--grid", "pause=0.1", "--seeds", 3, "--workers", 1
     )
-    until(lambda: any(study.last_update(path.parent) for path in out.glob("curve/*/metrics.csv")))
+    until(lambda: any(last_update(path.parent) for path in out.glob("curve/*/metrics.csv")))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 130 and "Traceback" not in output, output
@@ -476,13 +491,13 @@ def test_retries_and_retry(notebook, tmp_path, monkeypatch, no_kernel):
 
 
 def test_what_changes_a_run_and_what_does_not(notebook, tmp_path, monkeypatch, no_kernel):
-    count = lambda **more: (
-        no_kernel.clear(),
-        sweep(
-            **(dict(notebook=notebook, grid=dict(beta=[0.1]), seeds=2, out=tmp_path / "out") | more)
-        ),
-        len(no_kernel),
-    )[-1]
+    asked = dict(notebook=notebook, grid=dict(beta=[0.1]), seeds=2, out=tmp_path / "out")
+
+    def count(**more):
+        no_kernel.clear()
+        sweep(**(asked | more))
+        return len(no_kernel)
+
     assert count() == 2 and count() == 0
     assert count(grid=dict(beta=["0.10", 0.5])) == 2  # the grid has grown
     os.rename(tmp_path / "out", tmp_path / "moved")
@@ -537,11 +552,12 @@ def prepared_notebook(tmp_path):
 def test_a_damaged_preparation_is_reported_and_made_again(
     prepared_notebook, tmp_path, capsys, no_kernel, harm
 ):
-    again = lambda: (
-        no_kernel.clear(),
-        sweep(prepared_notebook, out=tmp_path / "out", cache=tmp_path / "cache"),
-        no_kernel,
-    )[-1]
+
+    def again():
+        no_kernel.clear()
+        sweep(prepared_notebook, out=tmp_path / "out", cache=tmp_path / "cache")
+        return no_kernel
+
     assert len(again()) == 2 and again() == []
     (weights,) = tmp_path.glob("cache/prepare/*/model/weights.safetensors")
     if harm == "truncate":
@@ -578,7 +594,7 @@ def test_another_preparation_is_another_run(prepared_notebook, tmp_path, no_kern
 def test_a_report_of_half_a_sweep(notebook, tmp_path, capsys, no_kernel):
     with pytest.raises(SweepFailed):
         sweep(notebook, grid=dict(mode=["work", "raise"]), seeds=2, out=tmp_path / "out")
-    rows = list(csv.DictReader((report(tmp_path / "out") / "sweep.csv").open()))
+    rows = list(csv.DictReader((render(tmp_path / "out") / "sweep.csv").open()))
     assert "2 of 4 runs are finished: the report is partial" in capsys.readouterr().out
     assert [(o["mode"], o["state"], o["reward"] != "") for o in rows] == [
         ("work", "done", True),
@@ -748,9 +764,9 @@ def test_what_arrives_in_the_kernel_is_what_was_asked(tmp_path):
         name: repr(expected[name]) for name in names
     }
     record = json.loads((run.folder / "params.json").read_text())
-    as_json = lambda o: json.loads(json.dumps(o))
-    assert {name: record[name] for name in names if name not in ("third", "place")} == {
-        name: as_json(expected[name]) for name in names if name not in ("third", "place")
+    literal = [name for name in names if name not in ("third", "place")]
+    assert {name: record[name] for name in literal} == {
+        name: json.loads(json.dumps(expected[name])) for name in literal
     }
     assert (record["third"], record["place"], record["pair"]) == (
         "1 / 3",
@@ -789,7 +805,7 @@ GIVEN = {  # of CELL, on the command line
 def test_values_of_the_command_line(tmp_path, case):
     name, text, expected = GIVEN[case]
     template = read_template(write_notebook(tmp_path / "odd.ipynb", CELL))
-    cells = read_grid(template, notebooks.parse_grid([f"{name}={text}"]))
+    cells = read_grid(template, parse_grid([f"{name}={text}"]))
     assert [repr(cell[name]) for cell in cells] == [repr(value) for value in expected]
 
 
@@ -865,23 +881,25 @@ def test_cells_that_are_refused(tmp_path, case):
 
 
 def test_a_sweep_of_tuples_goes_on_and_is_tried_again(tmp_path, no_kernel):
-    body = "import json\nassert betas[0] < 0.95\njson.dump(dict(reward=betas[0]), open(out_dir + '/result.json', 'w'))"
+    body = """import json
+assert betas[0] < 0.95
+json.dump(dict(reward=betas[0]), open(out_dir + '/result.json', 'w'))"""
     path = write_notebook(
         tmp_path / "odd.ipynb", 'betas: tuple[float, ...] = (0.9, 0.99)\nout_dir: str = "."', body
     )
-    again = lambda call: (no_kernel.clear(), pytest.raises(SweepFailed, call), len(no_kernel))[-1]
-    assert (
-        again(lambda: sweep(path, grid=dict(betas=[(0.8, 0.9), [0.99, 1]]), out=tmp_path / "out"))
-        == 2
-    )
-    assert again(lambda: retry(tmp_path / "out")) == 1
-    assert (
-        again(
-            lambda: sweep(path, grid=dict(betas=["(0.8,0.9)", (0.99, 1.0)]), out=tmp_path / "out")
-        )
-        == 1
-    )
-    rows = list(csv.DictReader((report(tmp_path / "out") / "sweep.csv").open()))
+
+    def fails(function, *arguments, **options):
+        no_kernel.clear()
+        with pytest.raises(SweepFailed):
+            function(*arguments, **options)
+        return len(no_kernel)
+
+    grid = dict(betas=[(0.8, 0.9), [0.99, 1]])
+    assert fails(sweep, path, grid=grid, out=tmp_path / "out") == 2
+    assert fails(retry, tmp_path / "out") == 1
+    grid = dict(betas=["(0.8,0.9)", (0.99, 1.0)])
+    assert fails(sweep, path, grid=grid, out=tmp_path / "out") == 1
+    rows = list(csv.DictReader((render(tmp_path / "out") / "sweep.csv").open()))
     assert [(o["betas"], o["state"]) for o in rows] == [
         ("[0.8, 0.9]", "done"),
         ("[0.99, 1.0]", "failed"),
@@ -1008,7 +1026,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options(notebook, tmp_path, case, monkeypatch):
     options, message = BAD_OPTIONS[case]
-    monkeypatch.setattr(study, "_CONNECT", 0.5)
+    monkeypatch.setattr(workers, "_CONNECT", 0.5)
     before = sorted(tmp_path.rglob("*"))
     output = refused("sweep", notebook, "--out", tmp_path / "deep" / "out", *options)
     assert output.startswith("klrb: ") and message in output and output.count("\n") == 1
@@ -1072,7 +1090,7 @@ BAD_FOLDERS = {
     "below a file": (lambda path, patch: path.write_text(""), "below", "Not a directory"),
     "read-only": (lambda path, patch: path.symlink_to("/proc/self"), "out", "cannot be written"),
     "full": (
-        lambda path, patch: patch.setattr(study.tempfile, "TemporaryFile", no_space),
+        lambda path, patch: patch.setattr(sweep_module.tempfile, "TemporaryFile", no_space),
         "deep/out",
         "No space left",
     ),

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +20,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import StateError
-from ..files import digest, text_digest, write_atomic
+from ..files import digest, flush, text_digest, write_atomic
 
 # %% auto #0
-__all__ = ['reached_modules', 'code_digest', 'environment', 'Run', 'manifest', 'read_json', 'read_record', 'read_result',
-           'damaged', 'content_digest', 'finished', 'locked', 'is_locked']
+__all__ = ['reached_modules', 'code_digest', 'environment', 'manifest', 'read_json', 'read_record', 'read_result', 'damaged',
+           'content_digest', 'Run', 'locked', 'is_locked']
 
 # %% ../../nbs/sweeps/60_runs.ipynb #9ca4fd2a
 _PACKAGE = Path(find_spec("klrb").submodule_search_locations[0])
@@ -87,6 +86,7 @@ def environment() -> dict[str, str | int | bool | None]:  # versions, commit, ma
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    # Not another repository, which surrounds a virtual environment.
     ours = git("ls-files", "--error-unmatch", "files.py") is not None
     versions = {}
     for name in ("klrb", "torch", "trl", "transformers", "numpy", "papermill", "distributed"):
@@ -104,46 +104,10 @@ def environment() -> dict[str, str | int | bool | None]:  # versions, commit, ma
         **versions,
     )
 
-# %% ../../nbs/sweeps/60_runs.ipynb #8782f6de
-@dataclass(frozen=True)
-class Run:
-    """One execution of an experiment notebook, and where its record is kept."""
-
-    notebook: Path  # copy that is executed
-    root: Path  # folder of the sweep, or of the cache
-    name: str  # readable, from what the grid varies
-    parameters: dict = field(hash=False)  # every parameter with its value, except folders
-    folders: dict = field(
-        default_factory=dict, hash=False
-    )  # `prepare_dir`, if the notebook reads a preparation; `profile`, if it is a file
-    facts: dict = field(
-        default_factory=dict, hash=False
-    )  # digests of the notebook, of what it reads, of the code; settings
-    given: dict = field(default_factory=dict, hash=False)  # parameters that the kernel is given
-
-    @property
-    def identity(self) -> str:  # eq. 1
-        "Equal for two runs exactly when everything that can change the result is equal."
-        return text_digest(dict(parameters=self.parameters, **self.facts))
-
-    @property
-    def key(self) -> str:  # "notebook/name-identity"
-        "Path of the folder within `root`."
-        return f"{self.notebook.stem.rpartition('-')[0] or self.notebook.stem}/{self.name}-{self.identity[:12]}"
-
-    @property
-    def folder(self) -> Path:
-        "Holds everything the run writes."
-        return self.root / self.key
-
 # %% ../../nbs/sweeps/60_runs.ipynb #2e60e941
 _OWN = {"run.json", "log.txt", ".lock"}  # of the runner; written after the digests are taken
-_VOLATILE = {
-    "result.json",
-    "executed.ipynb",
-    "params.json",
-    "environment.json",
-}  # hold times and versions; nobody reads them on
+# They hold times and versions; nobody reads them on.
+_VOLATILE = {"result.json", "executed.ipynb", "params.json", "environment.json"}
 
 
 def manifest(
@@ -152,7 +116,7 @@ def manifest(
     "Digests of the files that a run has written, after flushing them to disk."
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OWN]
     for path in paths:
-        _sync(path)
+        flush(path)
     return {p.relative_to(folder).as_posix(): digest(p) for p in paths}
 
 
@@ -173,13 +137,10 @@ def read_record(
     "What `run.json` says."
     record = read_json(folder / "run.json") or {}
     attempts = record.get("attempts", [])
-    whole = (
-        isinstance(record.get("state", ""), str)
-        and isinstance(record.get("files", {}), dict)
-        and isinstance(attempts, list)
-        and all(isinstance(o, dict) and isinstance(o.get("seconds"), int | float) for o in attempts)
-    )
-    return record if whole else {}
+    if not isinstance(attempts, list) or not isinstance(record.get("files", {}), dict):
+        return {}
+    timed = all(isinstance(o, dict) and isinstance(o.get("seconds"), int | float) for o in attempts)
+    return record if timed and isinstance(record.get("state", ""), str) else {}
 
 
 def read_result(
@@ -209,7 +170,7 @@ def damaged(
 def content_digest(
     folder: Path,  # of a finished run
 ) -> str:  # sha256
-    "Digest of what later runs read from this one: every file except those that hold times and versions."
+    "Digest of what later runs read: every file except those that hold times and versions."
     files = read_record(folder).get("files")
     if not files:
         raise StateError(
@@ -218,26 +179,47 @@ def content_digest(
         )
     return text_digest({k: v for k, v in files.items() if k not in _VOLATILE})
 
-# %% ../../nbs/sweeps/60_runs.ipynb #3502f6db
-@property
-def finished(self: Run) -> bool:
-    "Whether the folder holds the undamaged result of this very run."
-    return (
-        read_record(self.folder).get("identity") == self.identity
-        and read_result(self.folder) is not None
-    )
+# %% ../../nbs/sweeps/60_runs.ipynb #8782f6de
+@dataclass(frozen=True)
+class Run:
+    """One execution of an experiment notebook, and where its record is kept."""
 
+    notebook: Path  # copy that is executed
+    root: Path  # folder of the sweep, or of the cache
+    name: str  # readable, from what the grid varies
+    parameters: dict = field(hash=False)  # every parameter with its value, except folders
+    folders: dict = field(default_factory=dict, hash=False)  # `prepare_dir`, `profile` as a file
+    facts: dict = field(default_factory=dict, hash=False)  # digests of notebook, code, files read
+    given: dict = field(default_factory=dict, hash=False)  # parameters that the kernel is given
 
-Run.finished = finished
+    @property
+    def identity(self) -> str:  # eq. 1
+        "Equal for two runs exactly when everything that can change the result is equal."
+        return text_digest(dict(parameters=self.parameters, **self.facts))
+
+    @property
+    def key(self) -> str:  # "notebook/name-identity"
+        "Path of the folder within `root`."
+        stem = self.notebook.stem.rpartition("-")[0] or self.notebook.stem
+        return f"{stem}/{self.name}-{self.identity[:12]}"
+
+    @property
+    def folder(self) -> Path:
+        "Holds everything the run writes."
+        return self.root / self.key
+
+    @property
+    def finished(self) -> bool:
+        "Whether the folder holds the undamaged result of this very run."
+        same = read_record(self.folder).get("identity") == self.identity
+        return same and read_result(self.folder) is not None
 
 # %% ../../nbs/sweeps/60_runs.ipynb #05a765ca
 @contextmanager
 def locked(
     folder: Path,  # to be written by nobody else
     timeout: float = 0,  # seconds to wait for it
-) -> Iterator[
-    int | None
-]:  # the locked file descriptor, for a kernel to inherit; None: somebody else has it
+) -> Iterator[int | None]:  # its file descriptor, for a kernel to inherit; None: others have it
     "Hold the lock of a folder."
     descriptors = []
     lock = FileLock(folder / ".lock", timeout=timeout, on_acquired=descriptors.append)
