@@ -29,7 +29,8 @@ from klrb.models import load_model, load_tokenizer
 from klrb.sweeps.notebooks import make_runs, read_template, write_template
 from klrb.rlhf.profiles import PROFILES, check_downloads, get_profile, to_toml
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
-from klrb.rloo import RBRLOOConfig, _batch_per_process, train_rloo
+from klrb.rlhf.training import _batch_per_process, train_rloo
+from klrb.rloo import RBRLOOConfig
 from klrb.files import write_atomic
 from klrb.sweeps.study import SweepFailed, estimate_study, retry, sweep
 from test_study import no_kernel, write_notebook  # noqa: F401, a fixture

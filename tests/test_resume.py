@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
-from klrb.rloo import rloo_config, train_rloo
+from klrb.rlhf.training import rloo_config, train_rloo
 
 PROMPTS = Dataset.from_dict(
     dict(

@@ -35,7 +35,8 @@ from klrb.sweeps.notebooks import profile_facts
 from klrb.files import PACKAGED, packaged_file
 from klrb.rlhf.profiles import PROFILES, get_profile
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
-from klrb.rloo import evaluate_policy, rloo_config, train_rloo
+from klrb.rlhf.judging import evaluate_policy
+from klrb.rlhf.training import rloo_config, train_rloo
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 SMOL = PROFILES["smol"]

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 import klrb.rloo
 from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
-from klrb.rloo import RBRLOOConfig, RBRLOOTrainer, evaluate_policy
+from klrb.rlhf.judging import evaluate_policy
+from klrb.rloo import RBRLOOConfig, RBRLOOTrainer
 
 CPU = dict(
     report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, save_strategy="no"

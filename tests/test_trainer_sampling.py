@@ -12,16 +12,10 @@ from trl import RLOOConfig
 
 from klrb.errors import InputError, InputTypeError
 from klrb.models import load_model, load_tokenizer
+from klrb.rlhf.judging import evaluate_policy
 from klrb.rlhf.profiles import get_profile
-from klrb.rloo import (
-    _FIXED,
-    _FREE,
-    _FREE_GENERATION,
-    RBRLOOConfig,
-    RBRLOOTrainer,
-    evaluate_policy,
-    train_rloo,
-)
+from klrb.rlhf.training import train_rloo
+from klrb.rloo import _FIXED, _FREE, _FREE_GENERATION, RBRLOOConfig, RBRLOOTrainer
 
 # What `GenerationConfig` has besides what cannot change a distribution, each at a value that would change something
 BIASED = dict(
