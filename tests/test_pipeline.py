@@ -1,4 +1,5 @@
-"""The pipeline's parts together: the shipped model, the trainer across micro-batches, seeds, and bad input."""
+"""The pipeline's parts together: the shipped model, the trainer across micro-batches, seeds, and
+bad input."""
 
 import math
 from pathlib import Path
@@ -84,7 +85,8 @@ def test_pocket_model_is_small_and_has_the_recorded_loss():
 
 @pytest.mark.parametrize("kl_estimator", UNBIASED)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, kl_estimator):
-    """TRL shuffles a generation batch and cuts it; rollouts of one prompt part company, and the gradient must not care."""
+    """TRL shuffles a generation batch and cuts it; rollouts of one prompt part company, and the
+    gradient must not care."""
     whole = trainer(tmp_path, kl_estimator=kl_estimator)
     whole.model.train()
     rows = [dict(prompt=p) for p in PROMPTS["prompt"][:4] for _ in range(2)]
@@ -107,7 +109,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, kl_estimat
 
 
 def test_off_policy_updates_use_the_sampling_policy(tmp_path):
-    """With two iterations per batch, the second update's surrogate must weigh by the ratio to the first policy."""
+    """With two iterations per batch, the second update's surrogate must weigh by the ratio to the
+    first policy."""
     t = trainer(tmp_path, num_iterations=2)
     assert t.off_policy
     t.model.train()

@@ -41,7 +41,10 @@ def train(
     policy=None,
     reference=True,
 ):
-    """Metrics without times, and weights. `kill_at`: the generation batch, counted from 1, whose reward ends the run."""
+    """ ""Metrics without times, and weights.
+
+    `kill_at`: the generation batch, counted from 1, whose reward ends the run.""
+    """
     folder.mkdir(exist_ok=True)
     calls = []
 

@@ -1,4 +1,4 @@
-"""What the trainer samples is what it scores, whatever the model, the settings and the modes say."""
+"""What the trainer samples is what it scores, whatever model, settings and modes say."""
 
 import copy
 import dataclasses
@@ -17,7 +17,8 @@ from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.training import train_rloo
 from klrb.rloo import _FIXED, _FREE, _FREE_GENERATION, RBRLOOConfig, RBRLOOTrainer
 
-# What `GenerationConfig` has besides what cannot change a distribution, each at a value that would change something
+# What `GenerationConfig` has besides what cannot change a distribution, each at a value that would
+# change something
 BIASED = dict(
     min_length=30,
     min_new_tokens=5,
@@ -119,7 +120,8 @@ def logged(made):
 
 
 def test_every_setting_of_generate_and_of_trl_is_in_a_list():
-    """A field that a new version brings fails here, and is refused at run time until somebody has looked at it."""
+    """A field that a new version brings fails here, and is refused at run time until somebody has
+    looked at it."""
     assert (
         _FREE_GENERATION.isdisjoint(BIASED)
         and _FREE_GENERATION | BIASED.keys() == vars(GenerationConfig()).keys()

@@ -61,7 +61,8 @@ def policy_rollouts(
 ) -> Rollouts:  # `num_completions` rows per prompt
     """Completions as the policy writes them, ended by any of its end tokens.
 
-    Uses torch's global generator. Raises `ValueError` when prompt and completion exceed the context.
+    Uses torch's global generator. Raises `ValueError` when prompt and completion exceed the
+    context.
     """
     check_context(policy, tokenizer, prompts, max_completion_length)
     rows = [prompt for prompt in prompts for _ in range(num_completions)]

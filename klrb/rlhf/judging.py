@@ -38,7 +38,8 @@ def evaluate_policy(
     """Fresh rollouts with reward, KL(policy || reference) and log-probability under the reference.
 
     Columns: prompt_index, label, reward, judge, length (tokens), prompt, completion; kl_rb,
-    kl_mc and ref_logprob in nats per sequence. Raises `ValueError` for a model that cannot be padded.
+    kl_mc and ref_logprob in nats per sequence. Raises `ValueError` for a model that cannot be
+    padded.
     """
     for name, model in dict(policy=policy, reference=reference).items():
         check_padding(name, model)
