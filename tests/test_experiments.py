@@ -104,3 +104,23 @@ def test_pictures_are_small_and_have_their_numbers():
     pictures = [o for o in published if o.suffix == ".png"]
     assert pictures and all(o.with_suffix(".csv").is_file() for o in pictures)
     assert not [o.name for o in pictures if o.stat().st_size > PICTURE_BYTES]
+
+
+@pytest.mark.parametrize(
+    "name, record", [("pretrain_pocket", "pocket/pretrain"), ("overhead", "sweep")]
+)
+def test_what_stands_alone_shows_the_run_that_was_published(name, record):
+    run = nbformat.read(reading.PUBLISHED / record / "executed.ipynb", 4)
+    outputs = {
+        cell.id: [output_text(o) for o in cell.outputs] for cell in run.cells if "outputs" in cell
+    }
+    committed = [
+        o for o in nbformat.read(reading.EXPERIMENTS / f"{name}.ipynb", 4).cells if o.get("outputs")
+    ]
+    assert committed
+    for cell in committed:
+        assert all(output_text(o) in outputs[cell.id] for o in cell.outputs)
+
+
+def output_text(output):
+    return output.get("text") or output.get("data", {}).get("text/plain")
