@@ -6,27 +6,19 @@
 from __future__ import annotations
 
 import copy
-import csv
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-import os
-import shutil
 import sys
-import time
 import types
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from torch import Tensor
@@ -36,7 +28,6 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -49,23 +40,12 @@ from .adapters import check_active, check_adapters, evaluating
 from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
-from klrb.models import (
-    Rollouts,
-    accepted_inputs,
-    causal_lm,
-    check_context,
-    check_lm_head,
-    completion_hidden,
-    lm_head,
-    sample_completions,
-    step_inputs,
-)
-from .rlhf.profiles import Profile, check_device
-from .selfcheck import check_scoring
+from .models import accepted_inputs, causal_lm, check_lm_head, completion_hidden
+from .models import lm_head, step_inputs
+from .rlhf.dpo import check_padding
 
 # %% auto #0
-__all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer', 'rloo_config', 'MetricsCSV', 'evaluate_policy', 'summarize_evaluation',
-           'train_rloo']
+__all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer']
 
 # %% ../nbs/rlhf/56_rloo.ipynb #b7c0a1d2
 _FREE = frozenset(
@@ -420,20 +400,10 @@ def _check_data(train_dataset, processing_class, options):
         )
 
 
-def _check_scoring(
-    model, ref_model
-) -> int | None:  # a length at which the rotary factors of a model change
-    switches = []
-    for name, given in dict(model=model, ref_model=ref_model).items():
-        if given is None:
-            continue
-        check = check_scoring(given)
-        if check.equal_lengths or check.bare:
-            raise InputError(
-                f"`{name}` ({type(causal_lm(given)).__name__}) is right only in batches of one "
-                "length, and RBRLOOTrainer pads its batches; take another model."
-            )
-        switches.append(check.switch)
+def _check_padding(model, ref_model) -> int | None:
+    "The first length at which the rotary factors of either model change."
+    given = dict(model=model) if ref_model is None else dict(model=model, ref_model=ref_model)
+    switches = [check_padding(name, o) for name, o in given.items()]
     return min((o for o in switches if o is not None), default=None)
 
 
@@ -540,7 +510,7 @@ class RBRLOOTrainer(RLOOTrainer):
     ):
         _check_models(model, ref_model, kwargs.get("peft_config"), args)
         _check_data(train_dataset, processing_class, kwargs)
-        switch = _check_scoring(model, ref_model)
+        switch = _check_padding(model, ref_model)
         base_args = copy.copy(args)
         base_args.beta = 0.0  # TRL's reward then carries no KL, and TRL reloads no reference
         base_args.sync_ref_model = False  # of a reference that TRL does not know
@@ -794,369 +764,3 @@ class _ResumeOrder(TrainerCallback):
             )
         for _ in range(int(state.epoch or 0)):
             next(iter(self.trainer._sampler))  # draws one epoch's order
-
-# %% ../nbs/rlhf/56_rloo.ipynb #67aaa32e
-def _batch_per_process(profile: Profile) -> int:
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch` and `torchrun`
-    if profile.batch_size % (processes * profile.num_generations):
-        raise InputError(
-            f"`batch_size` is {profile.batch_size}, which {processes} processes cannot share in whole prompts of "
-            f"{profile.num_generations} completions; take a number of processes that divides "
-            f"{profile.batch_size // profile.num_generations}, or another batch size."
-        )
-    return profile.batch_size // processes
-
-# %% ../nbs/rlhf/56_rloo.ipynb #59aa93ac
-def rloo_config(
-    profile: Profile,  # learning rate, batch, lengths
-    out_dir: str | Path,  # for the trainer's own files
-    kl_estimator: str = "rb",  # method of `klrb.gradients`
-    beta: float | None = None,  # KL weight; None: the profile's
-    seed: int = 0,  # of sampling and of the order of prompts
-    updates: int | None = None,  # optimiser steps; None: the profile's
-    save_every: int = 0,  # updates between checkpoints, rounded up to whole generation batches; 0: none
-) -> RBRLOOConfig:  # ready for `RBRLOOTrainer`
-    "The configuration of one RLOO run. Raises `ValueError` without the profile's device, or when the processes cannot share its batch."
-    check_device(profile)
-    on_gpu = profile.device == "cuda"
-    config = RBRLOOConfig(
-        output_dir=str(out_dir),
-        kl_estimator=kl_estimator,
-        beta=profile.beta if beta is None else beta,
-        seed=seed,
-        max_steps=profile.updates if updates is None else updates,
-        learning_rate=profile.learning_rate,
-        lr_scheduler_type=profile.lr_scheduler_type,
-        adam_epsilon=profile.adam_epsilon,
-        max_grad_norm=profile.max_grad_norm,
-        per_device_train_batch_size=_batch_per_process(profile),
-        num_generations=profile.num_generations,
-        num_iterations=profile.num_iterations,
-        epsilon=profile.epsilon,
-        temperature=profile.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_completion_length=profile.max_completion_length,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        save_strategy="steps" if save_every else "no",
-        save_steps=max(1, math.ceil(save_every / profile.num_iterations)) * profile.num_iterations,
-        disable_tqdm=True,
-        use_cpu=not on_gpu,
-        bf16=on_gpu,
-        dataloader_pin_memory=on_gpu,
-        gradient_checkpointing=False,
-        ddp_find_unused_parameters=False,  # every parameter is used in every update
-    )
-    config._n_gpu = min(config.n_gpu, 1)
-    return config
-
-# %% ../nbs/rlhf/56_rloo.ipynb #92d39b1b
-_LOGGED = {  # name in TRL's log -> name and unit in the CSV
-    "reward": ("reward", "log-odds"),
-    "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
-    "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"),
-    "entropy": ("entropy", "nats/token"),
-    "clip_ratio/region_mean": ("clip_ratio", "share"),
-    "grad_norm": ("grad_norm", "1"),
-    "completions/mean_length": ("completion_length", "tokens"),
-    "loss": ("loss", "1"),
-}
-
-
-class MetricsCSV(TrainerCallback):
-    """Appends every update to a CSV file: the columns of `tags`, step, metric, value, unit."""
-
-    def __init__(self, path: str | Path, beta: float, **tags):
-        self.path, self.beta, self.tags, self.last = Path(path), beta, dict(tags, beta=beta), None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.last = time.perf_counter()
-        if not state.is_world_process_zero:
-            return
-        header, kept = [*self.tags, "step", "metric", "value", "unit"], []
-        if state.global_step:  # resumed: keep what the checkpoint knows of
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(header)]
-            kept = [row for row in rows if row[-4].isdigit() and int(row[-4]) <= state.global_step]
-        part = self.path.with_name(self.path.name + ".part")
-        with part.open("w", newline="") as file:
-            csv.writer(file).writerows([header, *kept])
-        os.replace(part, self.path)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" not in logs or not state.is_world_process_zero:
-            return
-        now = time.perf_counter()
-        logs = {
-            key: math.nan if value is None else value for key, value in logs.items()
-        }  # TRL: None for NaN
-        rows = [(name, logs[key], unit) for key, (name, unit) in _LOGGED.items() if key in logs]
-        if "reward" in logs and "kl_sequence_rb" in logs:
-            rows.append(
-                ("objective", logs["reward"] - self.beta * logs["kl_sequence_rb"], "log-odds")
-            )
-        rows.append(("seconds", now - self.last, "s"))
-        self.last = now
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(
-                [*self.tags.values(), state.global_step, name, f"{value:.6g}", unit]
-                for name, value, unit in rows
-            )
-
-# %% ../nbs/rlhf/56_rloo.ipynb #1a11adda
-def _run_hash(config, policy, reference, prompts, tags) -> str:
-    settings = {
-        k: v for k, v in config.to_dict().items() if k != "output_dir" and not k.startswith("save_")
-    }
-    digest = hashlib.sha256(
-        json.dumps([settings, tags, list(prompts["prompt"])], sort_keys=True, default=str).encode()
-    )
-    for model in (policy, reference):
-        for name, tensor in model.state_dict().items() if model is not None else ():
-            digest.update(
-                name.encode()
-                + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
-    return digest.hexdigest()
-
-
-def _checkpoints(folder) -> list[Path]:  # oldest first
-    return sorted(
-        (o for o in Path(folder).glob("checkpoint-*") if o.name[11:].isdigit()),
-        key=lambda o: int(o.name[11:]),
-    )
-
-
-def _newest_checkpoint(folder, run) -> Path | None:  # of this run; all others are deleted
-    complete = lambda o: (
-        (o / "complete.json").is_file()
-        and json.loads((o / "complete.json").read_text()) == dict(run=run)
-    )
-    newest = max(filter(complete, found := _checkpoints(folder)), key=found.index, default=None)
-    for old in found:
-        if old != newest:
-            shutil.rmtree(old)
-    return newest
-
-
-class _Checkpoints(TrainerCallback):
-    def __init__(self, run):
-        self.run = run
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_save = False
-        return control
-
-    def on_save(self, args, state, control, **kwargs):
-        PartialState().wait_for_everyone()
-        if not state.is_world_process_zero:
-            return
-        new = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (new / "complete.part").write_text(json.dumps(dict(run=self.run)))
-        for file in filter(Path.is_file, new.rglob("*")):  # on the disk before the name says so
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        os.replace(new / "complete.part", new / "complete.json")
-        _newest_checkpoint(args.output_dir, self.run)
-
-# %% ../nbs/rlhf/56_rloo.ipynb #dbdf1ab7
-def _sample_ended(
-    policy, tokenizer, prompts, profile
-) -> Rollouts:  # `sample_rollouts` with the trainer's end tokens
-    own = policy.generation_config.eos_token_id
-    ends = [own] if isinstance(own, int) else list(own or [])
-    ends = ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
-    length, repeats = profile.max_completion_length, profile.eval_completions
-    check_context(policy, tokenizer, prompts, length)
-    rows = [prompt for prompt in prompts for _ in range(repeats)]
-    batch = tokenizer(rows, return_tensors="pt", padding=True).to(policy.device)
-    ids, mask = sample_completions(
-        policy,
-        batch.input_ids,
-        batch.attention_mask,
-        length,
-        profile.temperature,
-        ends,
-        tokenizer.pad_token_id,
-    )
-    kept = [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
-    return Rollouts(
-        batch.input_ids,
-        batch.attention_mask,
-        ids,
-        mask,
-        rows,
-        tokenizer.batch_decode(kept, skip_special_tokens=True),
-        torch.arange(len(prompts), device=policy.device).repeat_interleave(repeats),
-    )
-
-
-@torch.no_grad()
-def evaluate_policy(
-    policy: PreTrainedModel,  # to judge
-    reference: PreTrainedModel,  # KL is measured to it
-    tokenizer: PreTrainedTokenizerBase,  # tokenizer of both models
-    prompts: Dataset,  # columns `prompt` and `label`
-    reward: Callable,  # (completions, prompts) to list of floats
-    profile: Profile,  # completions per prompt, lengths, temperature
-    seed: int = 0,  # seed of the completion sampler
-    batch_size: int = 256,  # rollouts per forward pass; bounds the memory
-    judge: Callable | None = None,  # a second reward, not trained against; None: no such column
-) -> pd.DataFrame:  # a row per rollout, see below
-    """Fresh rollouts with reward, KL(policy || reference) and log-probability under the reference.
-
-    Columns: prompt_index, label, reward, judge, length (tokens), prompt, completion; kl_rb,
-    kl_mc and ref_logprob in nats per sequence.
-    """
-    per_batch, frames = max(1, batch_size // profile.eval_completions), []
-    gpus = [policy.device] if policy.device.type == "cuda" else []
-    eager = torch.compiler.set_stance("force_eager")  # few batches do not repay a compilation
-    with evaluating(policy), evaluating(reference), torch.random.fork_rng(devices=gpus), eager:
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), per_batch):
-            part = prompts[start : start + per_batch]
-            r = _sample_ended(policy, tokenizer, part["prompt"], profile)
-            rollouts = r.prompt_ids, r.prompt_mask, r.completion_ids, r.completion_mask
-            policy_hidden, ref_hidden = (
-                completion_hidden(m, *rollouts) for m in (policy, reference)
-            )  # (B, T, H)
-            scores = linear_step_kl(
-                policy_hidden,
-                lm_head(policy),
-                ref_hidden,
-                lm_head(reference),
-                r.completion_ids,
-                profile.temperature,
-                r.completion_mask,
-            )
-            log_ratio = scores.policy_logprobs - scores.ref_logprobs
-            kl_rb, kl_mc, ref_logprob = (
-                value.masked_fill(r.completion_mask == 0, 0.0).sum(1).tolist()
-                for value in (scores.step_kl, log_ratio, scores.ref_logprobs)
-            )
-            rewards = {
-                name: function(completions=r.completions, prompts=r.prompts)
-                for name, function in (("reward", reward), ("judge", judge))
-                if function
-            }
-            index = r.prompt_index.tolist()
-            frames.append(
-                pd.DataFrame(
-                    dict(
-                        prompt_index=[start + i for i in index],
-                        label=[part["label"][i] for i in index],
-                        **rewards,
-                        kl_rb=kl_rb,
-                        kl_mc=kl_mc,
-                        ref_logprob=ref_logprob,
-                        length=r.completion_mask.sum(1).tolist(),
-                        prompt=r.prompts,
-                        completion=r.completions,
-                    )
-                )
-            )
-    return pd.concat(frames, ignore_index=True)
-
-# %% ../nbs/rlhf/56_rloo.ipynb #bbf57d3f
-def summarize_evaluation(
-    frame: pd.DataFrame,  # from `evaluate_policy`
-    beta: float,  # KL weight of the objective
-) -> dict[
-    str, float
-]:  # reward, kl_rb, kl_mc, objective, ref_perplexity and, if there is one, judge, each with `_stderr`
-    "Means over rollouts with standard errors clustered by prompt."
-    per_prompt = (
-        frame.assign(objective=frame.reward - beta * frame.kl_rb)
-        .groupby("prompt_index")
-        .mean(numeric_only=True)
-    )
-    names = ["reward", "kl_rb", "kl_mc", "objective", *(["judge"] if "judge" in frame else [])]
-    summary = {
-        key: value
-        for name in names  # equally many rollouts per prompt
-        for key, value in (
-            (name, per_prompt[name].mean()),
-            (f"{name}_stderr", per_prompt[name].sem()),
-        )
-    }
-    nats = -per_prompt.ref_logprob.sum() / per_prompt.length.sum()  # per token
-    stderr = (-per_prompt.ref_logprob - nats * per_prompt.length).sem() / per_prompt.length.mean()
-    return summary | dict(
-        ref_perplexity=math.exp(nats), ref_perplexity_stderr=math.exp(nats) * stderr
-    )
-
-# %% ../nbs/rlhf/56_rloo.ipynb #c81bbc68
-def train_rloo(
-    policy: PreTrainedModel,  # start; trained in place
-    reference: PreTrainedModel | None,  # frozen; None: the PEFT policy without its adapters
-    tokenizer: PreTrainedTokenizerBase,  # of both
-    prompts: Dataset,  # column `prompt`
-    reward: Callable,  # (completions, prompts) to list of floats
-    config: RBRLOOConfig,  # from `rloo_config`
-    metrics_path: str | Path,  # CSV, appended at every update
-    resume: bool = False,  # True: go on from the newest complete checkpoint of this run in `config.output_dir`, if there is one
-    **tags,  # further columns of the CSV, for instance start="dpo"
-) -> PreTrainedModel:  # the trained policy, in evaluation mode
-    """Train one RLOO run. Raises `FloatingPointError` at the first update whose loss, KL or reward is not finite.
-
-    A resumed run ends with the weights and the curve of one that was never interrupted. `resume=False` deletes old checkpoints.
-    """
-    run = _run_hash(config, policy, reference, prompts, tags)
-    with config.main_process_first(local=False):
-        checkpoint = _newest_checkpoint(
-            config.output_dir, run if resume and Path(metrics_path).is_file() else None
-        )
-    trainer = RBRLOOTrainer(policy, reference, _finite(reward), config, prompts, tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    for callback in (
-        MetricsCSV(
-            metrics_path, config.beta, kl_estimator=config.kl_estimator, seed=config.seed, **tags
-        ),
-        _StopWhenNotFinite(),
-        _Checkpoints(run),
-    ):
-        trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    for model in (trainer.model, reference):
-        if model is not None and (own := vars(model).pop("_original_forward", None)):
-            model.forward = own
-    return trainer.model.eval()
-
-# %% ../nbs/rlhf/56_rloo.ipynb #c84c3cad
-_NOT_FINITE = "`{}` is {} at update {}; the metrics before it are kept. {}"
-
-
-class _StopWhenNotFinite(TrainerCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "reward", "kl_sequence_rb", "grad_norm"):
-            if (value := logs.get(name, 0.0)) is None or not math.isfinite(
-                value
-            ):  # TRL logs None for NaN
-                raise NotFiniteError(
-                    _NOT_FINITE.format(
-                        name, value, state.global_step, "Lower the learning rate or raise `beta`."
-                    )
-                )
-
-
-def _finite(reward):
-    @functools.wraps(reward)
-    def checked(completions, **kwargs):
-        for completion, value in zip(
-            completions, values := reward(completions=completions, **kwargs)
-        ):
-            if not math.isfinite(value):
-                raise NotFiniteError(
-                    _NOT_FINITE.format(
-                        "reward",
-                        value,
-                        kwargs["trainer_state"].global_step + 1,
-                        f"The completion is {completion!r}.",
-                    )
-                )
-        return values
-
-    return checked

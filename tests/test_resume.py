@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
-from klrb.rloo import rloo_config, train_rloo
+from klrb.rlhf.training import rloo_config, train_rloo
 
 PROMPTS = Dataset.from_dict(
     dict(
@@ -41,7 +41,10 @@ def train(
     policy=None,
     reference=True,
 ):
-    """Metrics without times, and weights. `kill_at`: the generation batch, counted from 1, whose reward ends the run."""
+    """ ""Metrics without times, and weights.
+
+    `kill_at`: the generation batch, counted from 1, whose reward ends the run.""
+    """
     folder.mkdir(exist_ok=True)
     calls = []
 

@@ -1,6 +1,7 @@
 """The profile `smol` without its packages: stand-ins of the same formats go through the same code.
 
-The language model is a two-layer Llama in a GGUF file, the encoder a one-layer BERT, both in made-up distributions.
+The language model is a two-layer Llama in a GGUF file, the encoder a one-layer BERT, both in
+made-up distributions.
 """
 
 import hashlib
@@ -35,7 +36,8 @@ from klrb.sweeps.notebooks import profile_facts
 from klrb.files import PACKAGED, packaged_file
 from klrb.rlhf.profiles import PROFILES, get_profile
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
-from klrb.rloo import evaluate_policy, rloo_config, train_rloo
+from klrb.rlhf.judging import evaluate_policy
+from klrb.rlhf.training import rloo_config, train_rloo
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "nbs" / "experiments"
 SMOL = PROFILES["smol"]
@@ -65,7 +67,8 @@ def tiny_llama():
 
 
 def write_gguf(model, path):
-    "In float32, with the pocket model's vocabulary; end of text and padding are one token, nothing is put in front, as in SmolLM2."
+    """In float32, with the pocket model's vocabulary; end of text and padding are one token,
+    nothing is put in front, as in SmolLM2."""
     config, bpe = model.config, json.loads((POCKET / "tokenizer.json").read_text())["model"]
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in dict(
@@ -243,7 +246,8 @@ def test_two_at_once_make_it_once(packages, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing_and_says_what_to_do(packages, tmp_path):
-    """A limit on the size of files stands for the disk: the write fails in the middle of the weights."""
+    """A limit on the size of files stands for the disk: the write fails in the middle of the
+    weights."""
     cache, path = tmp_path / "cache", packaged_file("smollm2-135m")
     (cache / (f"{path.stem}-{PACKAGED['smollm2-135m'].sha256[:12]}.part")).mkdir(
         parents=True
@@ -264,7 +268,8 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(packages, tmp_path):
 
 
 def test_one_token_for_end_and_padding(packages):
-    """As in SmolLM2: no beginning-of-text, and padding that is end of text must not cut the step that chose it."""
+    """As in SmolLM2: no beginning-of-text, and padding that is end of text must not cut the step
+    that chose it."""
     model, tokenizer = load_model("smollm2-135m"), load_tokenizer("smollm2-135m")
     assert (
         tokenizer.eos_token_id == tokenizer.pad_token_id == 1
@@ -356,9 +361,10 @@ def write_reviews(path):
         {1: "wonderful great moving superb".split(), 0: "awful boring terrible weak".split()},
         random.Random(0),
     )
-    say = lambda label: (
-        f"the {rng.choice(['film', 'story', 'cast', 'plot'])} was {rng.choice(tone[label])}"
-    )
+
+    def say(label):
+        return f"the {rng.choice(['film', 'story', 'cast', 'plot'])} was {rng.choice(tone[label])}"
+
     rows = [(i % 2, i % 2 if rng.random() < 0.6 else 1 - i % 2) for i in range(600)]
     texts = [
         f"{say(first).capitalize()} and {say(label)} and {say(label)}, number {i}."
@@ -380,7 +386,8 @@ def run(name, **parameters):
 
 
 def test_prepare_variance_and_an_update(packages, tmp_path, monkeypatch):
-    """Also: a preparation that is interrupted goes on from its last finished stage and ends as if nothing had happened."""
+    """Also: a preparation that is interrupted goes on from its last finished stage and ends as if
+    nothing had happened."""
     write_reviews(tmp_path / "reviews.csv")
     profile = replace(SMOL, reviews=str(tmp_path / "reviews.csv"), **TINY)
     monkeypatch.setitem(PROFILES, "smol", profile)
@@ -433,6 +440,10 @@ def test_prepare_variance_and_an_update(packages, tmp_path, monkeypatch):
     assert set(value.prompts) == {"all", "positive", "negative", "adversarial"}
     rollouts = pd.read_parquet(tmp_path / "variance" / "rollouts.parquet")
     assert len(rollouts) == (6 + 2) * 4 and rollouts.adversarial.sum() == 2 * 4
+
+    run("steps", completions=4, prepare_dir=str(whole), out_dir=str(tmp_path / "steps"))
+    steps = pd.read_csv(tmp_path / "steps" / "step_variance.csv")
+    assert steps.step.tolist() == [1, 2, 3, 4, 5, 6] and steps.ratio[0] < 1e-6 < steps.var_mc.min()
 
     reference = load_model(profile.reference(whole))
     policy = train_rloo(

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 import klrb.rloo
 from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
-from klrb.rloo import RBRLOOConfig, RBRLOOTrainer, evaluate_policy
+from klrb.rlhf.judging import evaluate_policy
+from klrb.rloo import RBRLOOConfig, RBRLOOTrainer
 
 CPU = dict(
     report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, save_strategy="no"
@@ -29,6 +30,11 @@ ROWS = [dict(prompt=p) for p in PROMPTS["prompt"] for _ in range(2)]
 
 def count_e(completions, prompts, **kwargs):
     return [float(c.count("e")) for c in completions]
+
+
+def norm(gradients):
+    "Of all parameters together."
+    return torch.stack([g.norm() for g in gradients.values()]).norm()
 
 
 def make(folder, policy=None, reference="given", peft_config=None, **settings):
@@ -195,7 +201,6 @@ def test_autocast_is_near_float32(tmp_path):
     (loss, gradients), (other_loss, other_gradients) = (
         loss_and_gradients(t, batch) for t in (exact, rounded)
     )
-    norm = lambda grads: torch.stack([g.norm() for g in grads.values()]).norm()
     difference = norm({name: g - other_gradients[name] for name, g in gradients.items()})
     assert difference < 0.05 * norm(gradients) and abs(loss - other_loss) < 0.02 * abs(
         loss
@@ -291,10 +296,13 @@ class Gradients(TrainerCallback):
 
 
 def fixed_completions(self, prompt_ids, images, fields):
-    "In place of sampling, which differs between processes: tokens, and a length, that depend on the prompt and the completion's number."
-    draw = lambda ids, i: torch.randint(
-        2, 4096, (2 + (sum(ids) + i) % 5,), generator=torch.Generator().manual_seed(sum(ids) + i)
-    )
+    """In place of sampling, which differs between processes: tokens, and a length, that depend on
+    the prompt and the completion's number."""
+
+    def draw(ids, i):
+        generator = torch.Generator().manual_seed(sum(ids) + i)
+        return torch.randint(2, 4096, (2 + (sum(ids) + i) % 5,), generator=generator)
+
     return [draw(ids, i % 2).tolist() for i, ids in enumerate(prompt_ids)]
 
 
@@ -352,7 +360,8 @@ def one_of_two(rank, folder, port):
 
 
 def test_two_processes_give_the_kl_loss_and_gradient_of_one(tmp_path):
-    """gloo, on the CPU, with gradient accumulation: each process sees two of four prompts, two rollouts at a time."""
+    """gloo, on the CPU, with gradient accumulation: each process sees two of four prompts, two
+    rollouts at a time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -366,7 +375,6 @@ def test_two_processes_give_the_kl_loss_and_gradient_of_one(tmp_path):
             ):  # the loss sums terms of order 10 that may cancel, in float32
                 assert theirs == pytest.approx(ours, rel=1e-4, abs=2e-5)
             for ours, theirs in zip(gradients, their_gradients, strict=True):
-                norm = lambda grads: torch.stack([g.norm() for g in grads.values()]).norm()
                 assert (
                     norm({key: g - theirs.pop(key) for key, g in ours.items()}) < 1e-4 * norm(ours)
                     and not theirs

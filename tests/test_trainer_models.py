@@ -1,4 +1,5 @@
-"""The KL that the trainer logs, for many types of models: right, or the model is refused before it writes a token."""
+"""The KL that the trainer logs, for many types of models: right, or the model is refused before it
+writes a token."""
 
 import copy
 
@@ -222,7 +223,8 @@ def exact_kl(policy, reference, batch):
 
 
 def one_step(folder, kind, **settings):
-    "Exact and logged KLs of one generation batch, and the loss, after which every parameter has its gradient."
+    """Exact and logged KLs of one generation batch, and the loss, after which every parameter has
+    its gradient."""
     policy, reference = build(kind, 1), build(kind, 0)
     kept = [copy.deepcopy(o) for o in (policy, reference)]
     made = trainer(folder, policy, reference, **settings)
@@ -258,7 +260,8 @@ def test_the_logged_kl_is_right_or_the_model_is_refused(tmp_path, kind):
     ],
 )
 def test_the_auxiliary_loss_of_experts_is_the_models_own(tmp_path, kind):
-    """Oracle: the model's forward with logits, routers and the attention mask of the whole batch, padding included."""
+    """Oracle: the model's forward with logits, routers and the attention mask of the whole batch,
+    padding included."""
     policy = build(kind, 1)
     policy.config._experts_implementation = "eager"
     made = trainer(tmp_path, copy.deepcopy(policy), build(kind, 0), router_aux_loss_coef=0.5)
@@ -316,7 +319,8 @@ def test_the_auxiliary_loss_is_that_of_stock_rloo(tmp_path):
 
 
 def test_a_nested_configuration_is_read(tmp_path):
-    """Gemma 3 keeps the sizes of its language model one level down, beside those of its vision tower."""
+    """Gemma 3 keeps the sizes of its language model one level down, beside those of its vision
+    tower."""
     text = transformers.Gemma3TextConfig(**TYPES["gemma3_text"][1])
     vision = dict(
         hidden_size=16,

@@ -1,4 +1,4 @@
-"""What the trainer samples is what it scores, whatever the model, the settings and the modes say."""
+"""What the trainer samples is what it scores, whatever model, settings and modes say."""
 
 import copy
 import dataclasses
@@ -7,23 +7,19 @@ import pytest
 import torch
 from datasets import Dataset
 from test_trainer_models import PROMPTS, ROWS, build, exact_kl, trainer
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2LMHeadModel
 from trl import RLOOConfig
 
 from klrb.errors import InputError, InputTypeError
 from klrb.models import load_model, load_tokenizer
+from klrb.rlhf.dpo import sample_pairs
+from klrb.rlhf.judging import evaluate_policy
 from klrb.rlhf.profiles import get_profile
-from klrb.rloo import (
-    _FIXED,
-    _FREE,
-    _FREE_GENERATION,
-    RBRLOOConfig,
-    RBRLOOTrainer,
-    evaluate_policy,
-    train_rloo,
-)
+from klrb.rlhf.training import train_rloo
+from klrb.rloo import _FIXED, _FREE, _FREE_GENERATION, RBRLOOConfig, RBRLOOTrainer
 
-# What `GenerationConfig` has besides what cannot change a distribution, each at a value that would change something
+# What `GenerationConfig` has besides what cannot change a distribution, each at a value that would
+# change something
 BIASED = dict(
     min_length=30,
     min_new_tokens=5,
@@ -125,7 +121,8 @@ def logged(made):
 
 
 def test_every_setting_of_generate_and_of_trl_is_in_a_list():
-    """A field that a new version brings fails here, and is refused at run time until somebody has looked at it."""
+    """A field that a new version brings fails here, and is refused at run time until somebody has
+    looked at it."""
     assert (
         _FREE_GENERATION.isdisjoint(BIASED)
         and _FREE_GENERATION | BIASED.keys() == vars(GenerationConfig()).keys()
@@ -297,6 +294,64 @@ def test_judging_leaves_the_modes_as_they_were():
         and policy.training
         and all(o.training for o in reference.modules())
     )
+
+
+class Deaf(GPT2LMHeadModel):
+    "Reads the padding like words."
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def no_reward(completions, prompts, **kwargs):
+    return [float(len(o)) for o in completions]
+
+
+@pytest.mark.parametrize("who", ["policy", "reference", "pairs", "trainer"])
+def test_a_model_that_cannot_be_padded_is_refused_before_it_writes(tmp_path, who):
+    sound, tokenizer, profile = (
+        load_model("tiny-random"),
+        load_tokenizer("tiny-random"),
+        get_profile("smoke"),
+    )
+    deaf = Deaf(sound.config)
+    deaf.load_state_dict(sound.state_dict())
+    prompts = Dataset.from_dict(dict(prompt=PROMPTS, label=[0] * len(PROMPTS)))
+
+    def judge(policy, reference):
+        return evaluate_policy(policy, reference, tokenizer, prompts, no_reward, profile)
+
+    calls = dict(
+        policy=lambda: judge(deaf, sound),
+        reference=lambda: judge(sound, deaf),
+        pairs=lambda: sample_pairs(deaf, tokenizer, PROMPTS, no_reward, profile),
+        trainer=lambda: trainer(tmp_path, deaf, sound),
+    )
+    with pytest.raises(InputError, match="(?s)Deaf.*right only in batches of one length"):
+        calls[who]()
+
+
+def test_pairs_are_written_in_evaluation_mode_and_end_at_all_ends():
+    tokenizer, profile = load_tokenizer("tiny-random"), get_profile("smoke")
+    ends, texts = list(range(100, 1100)), ["The film", "I saw"] * 4
+
+    def pairs(mode, dropout):
+        reference = load_model("tiny-random")
+        for module in reference.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        reference.generation_config.eos_token_id = ends
+        torch.manual_seed(0)
+        found = sample_pairs(reference.train(mode), tokenizer, texts, no_reward, profile)
+        assert reference.training == mode
+        return found.to_list()
+
+    quiet = pairs(False, 0.0)
+    assert pairs(True, 0.9) == quiet
+    completions = [o[key] for o in quiet for key in ("chosen_ids", "rejected_ids")]
+    ends = {*ends, tokenizer.eos_token_id}
+    assert not [ids for ids in completions if ends & set(ids[:-1])]
+    assert [ids for ids in completions if ids[-1] in ends]
 
 
 # The reference

@@ -11,17 +11,82 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
+from ..adapters import evaluating
 from ..errors import InputError
-from ..models import sample_rollouts
+from ..models import Rollouts, causal_lm, check_context, sample_completions
 from .profiles import Profile
+from ..selfcheck import known_scoring
 
 # %% auto #0
-__all__ = ['rank_pairs', 'sample_pairs', 'TokenizedDPOTrainer', 'train_dpo']
+__all__ = ['check_padding', 'end_tokens', 'policy_rollouts', 'rank_pairs', 'sample_pairs', 'TokenizedDPOTrainer', 'train_dpo']
+
+# %% ../../nbs/rlhf/55_dpo.ipynb #e4d95a5d
+def check_padding(
+    name: str,  # argument that the model was given as
+    model: PreTrainedModel,  # causal language model, or a PEFT model around one
+) -> int | None:  # length at which the rotary factors of the model change; None: they do not
+    "Refuse a model that is not itself in a padded batch. Raises `ValueError`."
+    check = known_scoring(model)
+    if check.equal_lengths or check.bare:
+        raise InputError(
+            f"`{name}` ({type(causal_lm(model)).__name__}) is right only in batches of one "
+            "length, and batches here are padded; take another model."
+        )
+    return check.switch
+
+
+def end_tokens(
+    policy: PreTrainedModel,  # whose `generation_config` may name ends
+    tokenizer: PreTrainedTokenizerBase,  # its end of text always counts
+) -> list[int]:  # token ids that end a completion
+    "All ends of a completion: the tokenizer's and those of the policy's settings."
+    own = policy.generation_config.eos_token_id
+    ends = [own] if isinstance(own, int) else list(own or [])
+    return ends if tokenizer.eos_token_id in ends else [tokenizer.eos_token_id, *ends]
+
+# %% ../../nbs/rlhf/55_dpo.ipynb #e2c753b9
+def policy_rollouts(
+    policy: PreTrainedModel,  # sampled from, in evaluation mode meanwhile
+    tokenizer: PreTrainedTokenizerBase,  # padded on the left
+    prompts: list[str],  # distinct or not
+    num_completions: int,  # completions of each prompt; their rows are adjacent
+    max_completion_length: int,  # tokens at which a completion is cut
+    temperature: float = 1.0,  # temperature of the policy
+) -> Rollouts:  # `num_completions` rows per prompt
+    """Completions as the policy writes them, ended by any of its end tokens.
+
+    Uses torch's global generator. Raises `ValueError` when prompt and completion exceed the
+    context.
+    """
+    check_context(policy, tokenizer, prompts, max_completion_length)
+    rows = [prompt for prompt in prompts for _ in range(num_completions)]
+    batch = tokenizer(rows, return_tensors="pt", padding=True).to(policy.device)
+    with evaluating(policy):
+        ids, mask = sample_completions(
+            policy,
+            batch.input_ids,
+            batch.attention_mask,
+            max_completion_length,
+            temperature,
+            end_tokens(policy, tokenizer),
+            tokenizer.pad_token_id,
+        )
+    kept = [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
+    return Rollouts(
+        batch.input_ids,
+        batch.attention_mask,
+        ids,
+        mask,
+        rows,
+        tokenizer.batch_decode(kept, skip_special_tokens=True),
+        torch.arange(len(prompts), device=policy.device).repeat_interleave(num_completions),
+    )
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #a6744ee7
 def rank_pairs(
@@ -40,18 +105,27 @@ def rank_pairs(
     ]
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #f3f0be23
+def _unpadded(ids, mask):
+    "Token ids of each row without its padding."
+    return [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
+
+
 def sample_pairs(
     reference: PreTrainedModel,  # writes the completions
-    tokenizer: PreTrainedTokenizerBase,  # of the reference
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of the reference
     prompts: list[str],  # to complete
     reward: Callable,  # (completions, prompts) to list of floats
     profile: Profile,  # completions per prompt, lengths, temperature, number of pairs
-    seed: int = 0,  # of the selection; the sampling uses torch's global generator
+    seed: int = 0,  # seed of the selection of pairs; completions use torch's global generator
 ) -> Dataset:  # prompt_ids, chosen_ids, rejected_ids (token ids) and margin (reward difference)
-    "Ranked pairs of the reference's own completions. Raises `ValueError` when no pair has distinct rewards."
+    """Ranked pairs of the reference's own completions, written in evaluation mode.
+
+    Raises `ValueError` when no pair has distinct rewards, or for a reference that cannot be padded.
+    """
+    check_padding("reference", reference)
     rows = []
     for start in tqdm(range(0, len(prompts), 64), desc="preference pairs", disable=None):
-        rollouts = sample_rollouts(
+        rollouts = policy_rollouts(
             reference,
             tokenizer,
             prompts[start : start + 64],
@@ -62,9 +136,8 @@ def sample_pairs(
         rewards = np.array(
             reward(completions=rollouts.completions, prompts=rollouts.prompts)
         ).reshape(-1, profile.dpo_completions)
-        unpad = lambda ids, mask: [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
-        prompt_ids = unpad(rollouts.prompt_ids, rollouts.prompt_mask)
-        completion_ids = unpad(rollouts.completion_ids, rollouts.completion_mask)
+        prompt_ids = _unpadded(rollouts.prompt_ids, rollouts.prompt_mask)
+        completion_ids = _unpadded(rollouts.completion_ids, rollouts.completion_mask)
         for p, scores in enumerate(rewards.tolist()):
             first = p * profile.dpo_completions
             completions = completion_ids[first : first + profile.dpo_completions]
@@ -79,31 +152,36 @@ def sample_pairs(
             ]
     if not rows:
         raise InputError(
-            "no two completions of a prompt got distinct rewards; the reward cannot rank this reference."
+            "no two completions of a prompt got distinct rewards; the reward cannot rank this "
+            "reference."
         )
     keep = np.random.default_rng(seed).permutation(len(rows))[: profile.dpo_pairs]
     return Dataset.from_list([rows[i] for i in sorted(keep)])
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #5b59c64f
 class TokenizedDPOTrainer(DPOTrainer):
-    """`trl.DPOTrainer` for pairs that are token ids already: no end-of-text is appended to cut completions."""
+    """`trl.DPOTrainer` for pairs that are token ids already.
+
+    No end of text is appended to completions that were cut.
+    """
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         missing = {"prompt_ids", "chosen_ids", "rejected_ids"} - set(dataset.column_names)
         if missing:
             raise InputError(
-                f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with `sample_pairs`."
+                f"`train_dataset` has no column {', '.join(sorted(missing))}; make it with "
+                "`sample_pairs`."
             )
         return dataset
 
 # %% ../../nbs/rlhf/55_dpo.ipynb #b8f792ed
 def train_dpo(
     reference: PreTrainedModel,  # start of the policy and reference of the loss; left unchanged
-    tokenizer: PreTrainedTokenizerBase,  # of both
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of both models
     pairs: Dataset,  # from `sample_pairs`
-    profile: Profile,  # dpo_* settings
-    out_dir: str | Path,  # for the trainer's own files
-    seed: int = 0,  # of the order of the data
+    profile: Profile,  # its `dpo_*` settings
+    out_dir: str | Path,  # folder for the trainer's own files
+    seed: int = 0,  # seed of the order of the pairs
 ) -> tuple[PreTrainedModel, list[dict]]:  # the policy, in evaluation mode, and the trainer's log
     "Train a policy on preference pairs with eq. 1."
     batch_size = min(profile.dpo_batch_size, len(pairs))

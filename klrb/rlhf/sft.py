@@ -73,7 +73,10 @@ def train_sft(
     out_dir: str | Path,  # for the trainer's own files
     seed: int = 0,  # of the order
 ) -> tuple[PreTrainedModel, list[dict]]:  # the model, in evaluation mode, and the trainer's log
-    "Fine-tune a language model on beginnings of reviews. Raises `ValueError` when the profile asks for no update."
+    """Fine-tune a language model on beginnings of reviews.
+
+    Raises `ValueError` when the profile asks for no update.
+    """
     if profile.sft_updates < 1:
         raise InputError(
             f"`sft_updates` is {profile.sft_updates}; give at least 1, or leave the model as it is."

@@ -1,0 +1,126 @@
+"""The experiments: the whole chain at smoke size, and what is committed of the published runs."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+import reading
+
+PICTURE_BYTES = 150_000
+
+
+def by_folder(study, name):
+    files = (study / "rloo").glob(f"*/{name}.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in files}
+
+
+def test_the_smoke_study(tmp_path):
+    "prepare -> variance -> rloo -> pareto on the random tiny model, through the sweep."
+    klrb = [sys.executable, "-c", "from klrb.cli import app; app()"]
+    command = [*klrb, "study", "--profile", "smoke", "--seeds", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=reading.ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results, report = by_folder(tmp_path, "result"), tmp_path / "report"
+    assert len(results) == 4
+
+    runs = pd.read_csv(report / "runs.csv").set_index(["kl_estimator", "beta", "seed"])
+    for o in results.values():
+        shown = runs.loc[(o["kl_estimator"], o["beta"], o["seed"])]
+        for name in ("reward", "kl_rb", "objective"):
+            assert shown[name] == pytest.approx(o[name], rel=1e-5)
+    objective = {(o["kl_estimator"], o["seed"]): o["objective"] for o in results.values()}
+    expected = sum(objective["rb", seed] - objective["mc", seed] for seed in (0, 1)) / 2
+    paired = pd.read_csv(report / "paired.csv").query("metric == 'objective'")
+    assert paired["mean"].tolist() == pytest.approx([expected] * 2, rel=1e-4, abs=1e-6)
+    assert (paired.low < paired["mean"]).all() and (paired["mean"] < paired.high).all()
+
+    (variance,) = (tmp_path / "variance").iterdir()
+    for stem in ("single_completion", "value", "gradient", "update"):
+        assert (variance / f"{stem}.png").is_file() and (variance / f"{stem}.csv").is_file()
+    for stem in ("paired", "runs", "training"):
+        assert (report / f"{stem}.png").is_file() and (report / f"{stem}.csv").is_file()
+
+
+def test_the_partial_report_says_so(tmp_path):
+    given = reading.parameters("pareto", "smol", tmp_path)
+    assert len(list((tmp_path / "rloo").iterdir())) == 27
+    source = "\n".join(
+        o.source
+        for o in nbformat.read(reading.EXPERIMENTS / "pareto.ipynb", 4).cells
+        if o.cell_type == "code" and "parameters" not in o.metadata.get("tags", [])
+    )
+    space = dict(given, start="reference", selection="", planned=28)
+    exec(source.replace("import matplotlib.pyplot as plt", SILENT), space)
+    assert space["partial"] == "PARTIAL: 27 of 28 runs"
+    assert all(
+        "PARTIAL" in fig.texts[0].get_text() for fig in map(plt_figure, space["plt"].get_fignums())
+    )
+    space["plt"].close("all")
+
+
+SILENT = "import matplotlib\nmatplotlib.use('Agg')\nimport matplotlib.pyplot as plt"
+
+
+def plt_figure(number):
+    import matplotlib.pyplot as plt
+
+    return plt.figure(number)
+
+
+def shown(nb):
+    "What a reader sees, a list for each cell: texts and tables, and that there is a picture."
+    seen = {}
+    for i, cell in enumerate(nb.cells):
+        for output in cell.get("outputs", []):
+            data = dict(output.get("data", {"text/plain": output.get("text", "")}))
+            if "image/png" in data:
+                data["image/png"] = "a picture"
+            seen.setdefault(i, []).append(data)
+    return seen
+
+
+@pytest.mark.parametrize("name", reading.NAMES)
+def test_committed_outputs_are_those_of_the_published_run(name, tmp_path):
+    committed = shown(nbformat.read(reading.EXPERIMENTS / f"{name}.ipynb", 4))
+    assert committed and committed == shown(reading.render(name, "pocket", tmp_path))
+
+
+def test_the_tables_of_pareto_are_those_of_its_published_runs(tmp_path):
+    reading.render("pareto", "smol", tmp_path)
+    for table in ("runs", "cells", "paired", "spread", "change", "training"):
+        path = reading.PUBLISHED / "smol" / "pareto" / f"{table}.csv"
+        ours = pd.read_csv(tmp_path / f"{table}.csv")
+        pd.testing.assert_frame_equal(ours, pd.read_csv(path), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_small_and_have_their_numbers():
+    "One format, with the table that is drawn under the same stem."
+    published = [o for o in reading.PUBLISHED.rglob("*") if o.is_file()]
+    assert not [o for o in published if o.suffix == ".svg"]
+    pictures = [o for o in published if o.suffix == ".png"]
+    assert pictures and all(o.with_suffix(".csv").is_file() for o in pictures)
+    assert not [o.name for o in pictures if o.stat().st_size > PICTURE_BYTES]
+
+
+@pytest.mark.parametrize(
+    "name, record", [("pretrain_pocket", "pocket/pretrain"), ("overhead", "sweep")]
+)
+def test_what_stands_alone_shows_the_run_that_was_published(name, record):
+    run = nbformat.read(reading.PUBLISHED / record / "executed.ipynb", 4)
+    outputs = {
+        cell.id: [output_text(o) for o in cell.outputs] for cell in run.cells if "outputs" in cell
+    }
+    committed = [
+        o for o in nbformat.read(reading.EXPERIMENTS / f"{name}.ipynb", 4).cells if o.get("outputs")
+    ]
+    assert committed
+    for cell in committed:
+        assert all(output_text(o) in outputs[cell.id] for o in cell.outputs)
+
+
+def output_text(output):
+    return output.get("text") or output.get("data", {}).get("text/plain")
