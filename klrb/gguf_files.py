@@ -5,7 +5,6 @@
 # %% ../nbs/compare/44_gguf.ipynb #4a2d0c8a
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,8 +49,10 @@ class GgufFile(NamedTuple):
 def read_gguf(
     path: str | Path,  # a GGUF file
 ) -> GgufFile:  # its header
-    "Read the header of a GGUF file. Raises `InputError` when it cannot be read, or its"
-    "architecture is not known here."
+    """Read the header of a GGUF file.
+
+    Raises `InputError` when it cannot be read, or its architecture is not known here.
+    """
     from gguf import GGUFReader, dequantize
 
     path = Path(path).expanduser()
@@ -64,9 +65,8 @@ def read_gguf(
     architecture = reader.fields["general.architecture"].contents()
     if architecture not in ARCHITECTURES:
         raise InputError(
-            f"`model` is {str(path)!r}, of the architecture {architecture}; GGUF "
-            "files are read of "
-            f"{', '.join(ARCHITECTURES)}. Give the model's own folder."
+            f"`model` is {str(path)!r}, of the architecture {architecture}; GGUF files are read "
+            f"of {', '.join(ARCHITECTURES)}. Give the model's own folder."
         )
     prefix = architecture + "."
     own = {key: o for key, o in reader.fields.items() if key.startswith(prefix)}
@@ -89,9 +89,8 @@ _ASIDE = ("GGUF", "general", "tokenizer", "quantize", "split", "imatrix")  # not
 
 def _refusal(name: str, what: str) -> InputError:
     return InputError(
-        f"`model` is {name!r}, which {what}; transformers would leave it out, and "
-        "the model would be another "
-        "one. Give the model's own folder."
+        f"`model` is {name!r}, which {what}; transformers would leave it out, and the model "
+        "would be another one. Give the model's own folder."
     )
 
 # %% ../nbs/compare/44_gguf.ipynb #0e8bddc6
@@ -152,8 +151,10 @@ def gguf_config(
     file: GgufFile,  # from `read_gguf`
     config: PretrainedConfig,  # what transformers read from it, changed in place
 ) -> PretrainedConfig:  # what the file says
-    "Complete a configuration by the file's own keys. Raises `InputError` on the first that has no"
-    "place in it."
+    """Complete a configuration by the file's own keys.
+
+    Raises `InputError` on the first that has no place in it.
+    """
     for key, value in file.keys.items():
         if key in FIELDS:
             _set_field(file, config, key, value)
@@ -230,8 +231,7 @@ def _check_pattern(file: GgufFile, config: PretrainedConfig) -> None:
 
 
 def _set_gemma(file: GgufFile, config: PretrainedConfig) -> None:
-    "Queries are scaled by the width of a head, but in the two models of 27 billion by hidden size"
-    "over heads."
+    "Queries are scaled by a head's width, but in both 27B models by hidden size over heads."
     largest = config.num_hidden_layers == dict(gemma2=46, gemma3=62)[file.architecture]
     share = config.hidden_size // config.num_attention_heads
     config.query_pre_attn_scalar = share if largest else config.head_dim
@@ -297,8 +297,7 @@ def check_gguf(
     file: GgufFile,  # from `read_gguf`
     model: nn.Module,  # loaded from it
 ) -> None:
-    "Raise `InputError` when a tensor of the file is not in the model, or the model turns by other"
-    "frequencies."
+    "Raise `InputError` when the model lacks a tensor of the file, or turns by other frequencies."
     known = _places(file, model)
     known |= {"rope_freqs.weight": ""} | {name + ".weight": o for name, o in known.items()}
     lost = [o for o in file.tensors if o not in known]
@@ -318,8 +317,10 @@ def check_gguf(
 
 
 def _places(file: GgufFile, model: nn.Module) -> dict[str, str]:
-    "The file's names of the model's tensors, as transformers maps them"
-    "(`get_gguf_hf_weights_map`, which takes a minute)."
+    """The file's names of the model's tensors, as transformers maps them.
+
+    `get_gguf_hf_weights_map` takes a minute.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
@@ -358,8 +359,10 @@ def load_gguf(
     dtype: torch.dtype = torch.float32,  # of the weights
     **settings: Any,  # further arguments of `from_pretrained`
 ) -> tuple[nn.Module, dict]:  # the model, and what transformers says about missing weights
-    "The causal language model of a GGUF file. Raises `InputError` when the file says what the"
-    "model would not do."
+    """The causal language model of a GGUF file.
+
+    Raises `InputError` when the file says what the model would not do.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(path).expanduser()

@@ -390,7 +390,7 @@ def measure_kl(
     reference_prefix: str = "",  # the same on the other side
     column: str | None = None,  # of prompt files with columns; None: "prompt" or "text"
     tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
-    dtype: str = "float32",  # of the weights; see `load_named`
+    dtype: str = "float32",  # of the weights; see `load_model`
     device: str = "auto",  # CUDA, MPS or CPU, whichever is there
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
     batch_tokens: int = 4096,  # prompt and completion tokens at a time: bounds the memory; ours

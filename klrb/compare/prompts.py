@@ -26,7 +26,7 @@ import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, InputTypeError, MissingFileError
-from .sides import DTYPES, pick_device
+from ..models import DTYPES, pick_device
 
 # %% auto #0
 __all__ = ['ROLES', 'split_lines', 'check_unicode', 'check_row', 'read_rows', 'read_prompts', 'prompt_text', 'closing_tokens',
@@ -216,7 +216,7 @@ def _separated(text: str, tabs: bool, column: str | None, given: str) -> list[st
 
 
 def _tab_separated(text: str) -> list[list[str]]:
-    "Quotes are quotes where the whole file keeps their rules, and characters of the text otherwise."
+    "Quotes are quotes where the whole file keeps their rules; otherwise they belong to the text."
     try:
         return _parse_table(text, "\t", csv.QUOTE_MINIMAL)
     except csv.Error:
@@ -616,8 +616,8 @@ def prompt_notes(
         closing = closing_tokens(tokenizer, texts) if texts and not chat else []
         if closing:
             notes.append(
-                f"the {role}'s tokenizer ends every prompt with {_names(closing, tokenizer)}; it was"
-                " left out, so that completions go on from the prompt"
+                f"the {role}'s tokenizer ends every prompt with {_names(closing, tokenizer)}; it "
+                "was left out, so that completions go on from the prompt"
             )
         if chat and rows[0][-1] == tokenizer.eos_token_id:
             notes.append(
@@ -646,8 +646,8 @@ def _differences(encoded: list, tokenizers: tuple, chat: bool) -> list[str]:
     ):
         if 0 < n < len(longer) and longer[n:] == shorter:
             return [
-                f"the {role}'s prompts begin with {_names(longer[:n], tokenizer)}, the {other}'s do not "
-                f"({count}): the two models do not read the same tokens"
+                f"the {role}'s prompts begin with {_names(longer[:n], tokenizer)}, the {other}'s "
+                f"do not ({count}): the two models do not read the same tokens"
             ]
     why = (
         "the two chat templates differ"
@@ -659,8 +659,8 @@ def _differences(encoded: list, tokenizers: tuple, chat: bool) -> list[str]:
     ]
     where = "ends" if chat else "begins"
     return [
-        f"{why}: {count} are other tokens for the policy than for the reference (prompt {differing[0] + 1} "
-        f"{where} with {shown[0]} and with {shown[1]})"
+        f"{why}: {count} are other tokens for the policy than for the reference (prompt "
+        f"{differing[0] + 1} {where} with {shown[0]} and with {shown[1]})"
     ]
 
 # %% ../../nbs/compare/46_prompts.ipynb #cc02d759
@@ -668,7 +668,10 @@ def resolve_end_tokens(
     given: str | int | list | None,  # tokens or ids; None: those of the two models
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # of policy and reference
 ) -> list[int] | None:  # ids in ascending order; None: those of the two models
-    "Ids of the end tokens that were named. Raises `ValueError` when the sides differ and none is named."
+    """Ids of the end tokens that were named.
+
+    Raises `ValueError` when the sides differ and none is named.
+    """
     ours, theirs = tokenizers
     if given is None:
         if ours.eos_token_id != theirs.eos_token_id:
@@ -716,8 +719,8 @@ def end_notes(
         return []
     ours, theirs = (_names(sorted(o), tokenizer) or "nothing" for o in ends)
     return [
-        f"the policy ends with {ours}, the reference with {theirs}; completions end with any of them:"
-        " set `end_tokens` for others"
+        f"the policy ends with {ours}, the reference with {theirs}; completions end with any of "
+        "them: set `end_tokens` for others"
     ]
 
 # %% ../../nbs/compare/46_prompts.ipynb #eeb8608c
@@ -774,7 +777,7 @@ def check_unused_tokenizer(
     used: tuple,  # the tokenizers of the two sides
     texts: list,  # prompts or documents
 ) -> None:
-    "Raise `ValueError` when a tokenizer is given that neither side uses and that reads the texts otherwise."
+    "Raise `ValueError` when a given tokenizer is used by neither side and reads texts otherwise."
     if tokenizer is None or any(o is tokenizer for o in used):
         return
     texts = [o for o in texts if isinstance(o, str)]

@@ -5,35 +5,30 @@
 # %% ../../nbs/compare/45_sides.ipynb #5e8f3f2c
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
-from ..adapters import attach_adapter, check_active, check_adapters, one_line, split_name
+from ..adapters import attach_adapter, check_active, check_adapters, split_name
 from ..errors import InputError, InputTypeError
-from ..gguf_files import load_gguf
-from ..models import check_same_tokenizer, context_length, load_model, load_tokenizer
+from klrb.models import (
+    check_same_tokenizer,
+    context_length,
+    load_model,
+    load_tokenizer,
+    weights_digest,
+)
 from ..selfcheck import check_scoring
 
 # %% auto #0
-__all__ = ['DTYPES', 'Side', 'pick_device', 'load_named', 'load_pair', 'describe']
+__all__ = ['Side', 'load_pair', 'describe']
 
 # %% ../../nbs/compare/45_sides.ipynb #ef08defb
 @dataclass
@@ -61,18 +56,14 @@ class Side:
 
     def fingerprint(self) -> str:  # 16 hexadecimal digits
         "Hash of the weights, from a sample of every tensor."
-        digest = hashlib.sha256()
         switched_off = set() if self.peft is None else set(self.peft.peft_config) - {self.adapter}
+        wrappers = (self.adapter, "base_layer", "original_module")
+        named = []
         for name, tensor in self.model.state_dict().items():
             parts = name.split(".")
-            if switched_off.intersection(parts):
-                continue  # off
-            flat = tensor.detach().flatten()
-            wrappers = (self.adapter, "base_layer", "original_module")
-            name = ".".join(o for o in parts if o not in wrappers)
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+            if not switched_off.intersection(parts):
+                named.append((".".join(o for o in parts if o not in wrappers), tensor))
+        return weights_digest(named, values=4096)[:16]
 
     @property
     def pad_id(self) -> int:
@@ -91,127 +82,19 @@ class Side:
         "How many tokens the model can read."
         return context_length(self.model.config)
 
-# %% ../../nbs/compare/45_sides.ipynb #15416958
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def pick_device(
-    device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
-) -> torch.device:
-    "The device by name; automatic: CUDA, then MPS, then CPU. Raises `ValueError` when it is not there."
-    if device == "auto":
-        return torch.device(
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"`device` is {device!r}, which is not available ({_first_line(error)}); use auto, cpu, cuda or mps."
-        ) from None
-
-
-_first_line = one_line
-
-
-def _check_exists(name: str) -> None:
-    path = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
-    if looks_local and not path.exists():
-        raise InputError(f"`model` is {name!r}, and there is no such file or folder.")
-    if path.suffix == ".gguf" and find_spec("gguf") is None:
-        raise InputError(
-            f"`model` is {name!r}; reading GGUF files needs the gguf package: pip install klrb[gguf]"
-        )
-    if path.is_dir() and not (path / "config.json").exists():
-        hint = (
-            "is an adapter: write BASE+ADAPTER"
-            if (path / "adapter_config.json").exists()
-            else "has no config.json; give a folder that save_pretrained wrote"
-        )
-        raise InputError(f"`model` is {name!r}, which {hint}.")
-
-# %% ../../nbs/compare/45_sides.ipynb #7549b200
-def _from_pretrained(name: str, dtype: torch.dtype, settings: dict):
-    path, safe = Path(name).expanduser(), {}
-    is_gguf = path.suffix == ".gguf"
-    if is_gguf:
-        where, settings["gguf_file"] = str(path.parent), path.name
-    else:
-        where, safe = str(path) if path.is_dir() else name, dict(use_safetensors=True)
-    try:
-        if is_gguf:
-            model = load_gguf(path, dtype, **settings)
-        tokenizer = AutoTokenizer.from_pretrained(where, **settings)
-        if is_gguf:
-            return tokenizer, *model
-        return tokenizer, *AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, output_loading_info=True, **safe, **settings
-        )
-    except InputError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
-        raise InputError(
-            f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a "
-            "folder with config.json, "
-            "safetensors and tokenizer, a GGUF file, or a Hub id (which needs a "
-            "network or a filled cache)."
-        ) from error
-
-
-def load_named(
-    name: str,  # "pocket", "tiny-random", a local folder, a GGUF file or a Hub id
-    dtype: str = "float32",  # ours: half-precision logits have rounding of the size of small KLs
-    device: str = "auto",  # see `pick_device`
-    trust_remote_code: bool = False,  # run code that comes with the checkpoint
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # in evaluation mode, and its tokenizer
-    "Load a model and its tokenizer. Raises `ValueError`, in one line, when that fails or weights"
-    "are missing."
-    if dtype not in DTYPES:
-        raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
-    place = pick_device(device)
-    if name in ("pocket", "tiny-random"):
-        return load_model(name).to(place, getattr(torch, dtype)), load_tokenizer(name)
-    _check_exists(name)
-    tokenizer, model, info = _from_pretrained(
-        name, getattr(torch, dtype), dict(trust_remote_code=trust_remote_code)
-    )
-    if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
-        raise InputError(
-            f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of "
-            "the model or has them in another "
-            f"shape (first: {missing[0]}); they would be random. Is it a complete "
-            "causal language model?"
-        )
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise InputError(f"`model` is {name!r}, which is an adapter: write BASE+ADAPTER.")
-    return model.to(place).eval(), tokenizer
-
 # %% ../../nbs/compare/45_sides.ipynb #0049b9fc
 def load_pair(
     policy: str | Path | PreTrainedModel,  # name or loaded model
     reference: str | Path | PreTrainedModel,  # name or loaded model
     tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
-    dtype: str = "float32",  # see `load_named`
+    dtype: str = "float32",  # see `load_model`
     device: str = "auto",  # see `pick_device`
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
 ) -> tuple[Side, Side]:  # policy and reference
-    "Load both sides, sharing weights where they can be shared. Raises `ValueError` when they"
-    "cannot be compared."
+    """Load both sides, sharing weights where they can be shared.
+
+    Raises `ValueError` when they cannot be compared.
+    """
     given = (policy, reference)
     names = [split_name(str(o))[0] for o in given if isinstance(o, (str, Path))]
     settings = tokenizer, (dtype, device, trust_remote_code)
@@ -243,13 +126,22 @@ def _load_sides(
             sides.append(_loaded_side(o, tokenizer, role))
         else:
             raise InputTypeError(
-                f"`{role}` is a {type(o).__name__}; it must be a name, a path, a "
-                "PreTrainedModel or a "
-                "PeftModel."
+                f"`{role}` is a {type(o).__name__}; it must be a name, a path, a PreTrainedModel "
+                "or a PeftModel."
             )
         if sides[-1] is None:
             return None
     return sides
+
+
+def _load_side(name: str, dtype: str, device: str, trust_remote_code: bool) -> Side:
+    "What is read in no time comes first: a tokenizer, but of a GGUF file its header."
+    settings = dict(trust_remote_code=trust_remote_code)
+    if name.endswith(".gguf"):
+        model = load_model(name, dtype=dtype, device=device, **settings)
+        return Side(name, model, load_tokenizer(name, **settings))
+    tokenizer = load_tokenizer(name, **settings)
+    return Side(name, load_model(name, dtype=dtype, device=device, **settings), tokenizer)
 
 
 def _named_side(
@@ -258,7 +150,7 @@ def _named_side(
     base, adapter = split_name(name)
     first = None if bases is None else bases.get(base)
     if first is None:
-        first = Side(base, *load_named(base, *settings))
+        first = _load_side(base, *settings)
     if bases is not None:
         bases[base] = first
     if adapter is None:
@@ -301,9 +193,8 @@ def _join(ours: Side, theirs: Side) -> None:
         return
     if ours.peft is not None and theirs.peft is not None:
         raise InputError(
-            "`policy` and `reference` are two PeftModels around one base, whose "
-            "layers now hold the adapters "
-            "of both; load a base for each, or put both adapters into one PeftModel."
+            "`policy` and `reference` are two PeftModels around one base, whose layers now hold "
+            "the adapters of both; load a base for each, or put both adapters into one PeftModel."
         )
     ours.peft = theirs.peft = ours.peft if theirs.peft is None else theirs.peft
     check_adapters(ours.peft)
@@ -314,9 +205,8 @@ def _check_apart(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     shared = {id(o) for o in ours.parameters()}.intersection(id(o) for o in theirs.parameters())
     if shared and any(hasattr(o, "disable_adapters") for o in parts):
         raise InputError(
-            "`policy` and `reference` share weights that an adapter is written into, "
-            "so that both would run "
-            "with it; give the PeftModel and its `get_base_model()`, or load the "
+            "`policy` and `reference` share weights that an adapter is written into, so that "
+            "both would run with it; give the PeftModel and its `get_base_model()`, or load the "
             "reference by name."
         )
 

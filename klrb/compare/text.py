@@ -341,7 +341,7 @@ def measure_text(
     divergence: str = "kl",  # a key of `klrb.steps.DIVERGENCES`
     alpha: float = 0.5,  # order of the "alpha" divergence
     tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
-    dtype: str = "float32",  # of the weights; see `load_named`
+    dtype: str = "float32",  # of the weights; see `load_model`
     device: str = "auto",  # CUDA, MPS or CPU, whichever is there
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
     batch_tokens: int = 4096,  # tokens at a time: bounds the memory; ours
