@@ -63,14 +63,16 @@ def disagreement(policy, reference, given=None):
     zero when, and in practice only when, tokens come from the distribution that is scored.
     """
     given, kept = given or prompts(), []
+
+    def record(self, stream, batch):
+        kept.extend(batch.completion(row)[0] for row in range(len(batch)))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            klrb.measure, "_after_batch", lambda run, stream, rows: kept.extend(stream.last_tokens)
-        )
+        patch.setattr(klrb.measure.Recorder, "record", record)
         found = measure_kl(
             policy, reference, given, tokenizer=tokenizer(), samples=SAMPLES, max_new_tokens=STEPS
         )
-    rollouts = found.headline.rollouts.assign(token_ids=[ids for ids, _ in kept])
+    rollouts = found.headline.rollouts.assign(token_ids=kept)
     encoded = [tokenizer()(o).input_ids for o in given]
     p, q = (in_float64(o, encoded[0]) for o in (policy, reference))
     worst, surprise, variance = 0.0, 0.0, 0.0

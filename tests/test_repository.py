@@ -68,7 +68,11 @@ def anatomy_problems(nb, name: str) -> list:
         match = re.fullmatch(r"\d\d_[a-z][a-z0-9_]*\.ipynb", file)
         if folder not in PARTS or not match:
             problems.append("neither nbs/PART/NN_topic.ipynb nor nbs/index.ipynb")
-        elif not exports and not re.search(r"^#\|\s*export \w", source(nb), re.M):
+        elif (
+            not exports
+            and not re.search(r"^#\|\s*export \w", source(nb), re.M)
+            and not file.endswith("_guide.ipynb")  # shows what its part can do
+        ):
             problems.append("exports nothing, though its part is a part of the library")
     if nb.cells and nb.cells[0].cell_type == "raw" and "skip_exec" in nb.cells[0].source:
         problems.append("skip_exec hides it from nbdev_test")
