@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .models import one_line
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 # %% auto #0
-__all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'one_line', 'Attached', 'attach_adapter',
+__all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'Attached', 'attach_adapter',
            'check_active', 'check_adapters', 'evaluating', 'split_name']
 
 # %% ../nbs/compare/43_adapters.ipynb #5673663a
@@ -71,16 +72,14 @@ def check_kind(
     kind = getattr(config.peft_type, "value", str(config.peft_type))
     if config.is_prompt_learning:
         raise InputError(
-            f"the adapter is of type {kind}, which learns a prompt; only adapters "
-            "inside the layers, "
-            "such as LoRA, can be measured."
+            f"the adapter is of type {kind}, which learns a prompt; only adapters inside the "
+            "layers, such as LoRA, can be measured."
         )
     if kind not in KINDS:
         raise InputError(
-            f"the adapter is of type {kind}, whose work in PEFT's own forward pass "
-            "would be left out; "
-            "merge it into its base first (`merge_and_unload`), or use LoRA or one of "
-            "its kin."
+            f"the adapter is of type {kind}, whose work in PEFT's own forward pass would be left "
+            "out; merge it into its base first (`merge_and_unload`), or use LoRA or one of its "
+            "kin."
         )
     outside = dict(
         alora_invocation_tokens="an activated LoRA, which waits for its tokens",
@@ -89,9 +88,8 @@ def check_kind(
     for field, what in outside.items():
         if getattr(config, field, None):
             raise InputError(
-                f"the adapter sets `{field}`: it is {what} in PEFT's own forward "
-                "pass, "
-                "which would be left out; it cannot be measured."
+                f"the adapter sets `{field}`: it is {what} in PEFT's own forward pass, which "
+                "would be left out; it cannot be measured."
             )
 
 # %% ../nbs/compare/43_adapters.ipynb #b1fa1fa0
@@ -128,15 +126,6 @@ def _checksum(tensor: Tensor) -> int:
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
     return int(flat.view(whole).sum(dtype=torch.int64))
 
-
-def one_line(
-    error: Exception,  # of a library below, of many lines
-    limit: int = 500,  # characters kept; ours: a name, two sizes and what to do
-) -> str:  # without line breaks
-    "The text of an error, joined and cut at a word."
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= limit else words[:limit].rpartition(" ")[0] + " …"
-
 # %% ../nbs/compare/43_adapters.ipynb #da0c3301
 class Attached(NamedTuple):
     "An adapter on its base."
@@ -158,14 +147,15 @@ def attach_adapter(
     name: str,  # of the adapter in the `PeftModel`
     peft: PeftModel | None = None,  # already around the base; None: none
 ) -> Attached:  # in evaluation mode, with `name` switched on
-    "Put one more adapter on a base. Raises `InputError` when it is not all there or cannot be"
-    "measured."
+    """Put one more adapter on a base.
+
+    Raises `InputError` when it is not all there or cannot be measured.
+    """
     path, ids = Path(folder).expanduser(), probe_ids(model)
     if path.exists() and not (path / "adapter_config.json").exists():
         raise InputError(
-            f"`model` has the adapter {folder!r}, which has no adapter_config.json; "
-            "give a folder that "
-            "PEFT's save_pretrained wrote."
+            f"`model` has the adapter {folder!r}, which has no adapter_config.json; give a "
+            "folder that PEFT's save_pretrained wrote."
         )
     folder = str(path) if path.exists() else folder
     sums = [(o, _checksum(o)) for o in (peft or model).parameters()]
@@ -176,9 +166,8 @@ def attach_adapter(
     peft.set_adapter(name, inference_mode=True)
     if not same_logits(after[name], probe_logits(peft, ids), dtype):
         raise InputError(
-            f"the adapter {folder!r} gives other logits through PEFT's own forward "
-            "pass than in the "
-            "layers of its base; merge it first (`merge_and_unload`)."
+            f"the adapter {folder!r} gives other logits through PEFT's own forward pass than in "
+            "the layers of its base; merge it first (`merge_and_unload`)."
         )
     intact = all(_checksum(o) == then for o, then in sums)
     same = all(same_logits(after[key], before[key], dtype) for key in before)
@@ -228,22 +217,19 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> P
         SafetensorError,
     ) as error:
         raise InputError(
-            f"`model` has the adapter {folder!r}, and loading it onto {given!r} "
-            "failed: "
+            f"`model` has the adapter {folder!r}, and loading it onto {given!r} failed: "
             f"{one_line(error)}"
         ) from error
     if lost := found.unexpected_keys:
         raise InputError(
-            f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong "
-            "to no module of "
-            f"{given!r} (first: {lost[0]}); they would be left out. Was it trained on "
+            f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong to no "
+            f"module of {given!r} (first: {lost[0]}); they would be left out. Was it trained on "
             "another model or class?"
         )
     if bare := _without_value(peft, found.missing_keys):
         raise InputError(
-            f"`model` has the adapter {folder!r}, whose file lacks {len(bare)} of the "
-            "weights that its "
-            f"configuration asks for (first: {bare[0]}); they would have no effect. "
+            f"`model` has the adapter {folder!r}, whose file lacks {len(bare)} of the weights "
+            f"that its configuration asks for (first: {bare[0]}); they would have no effect. "
             "Save it again."
         )
     _warn_of_another_base(config, folder, given)
@@ -254,23 +240,21 @@ def _check_start(config: PeftConfig, folder: str) -> None:
     start = str(getattr(config, "init_lora_weights", True))
     if "_niter_" in start:
         raise InputError(
-            f"the adapter {folder!r} sets `init_lora_weights` to {start!r}, whose "
-            "start PEFT draws anew on "
-            "each loading: the trained model is not in its files. Save it with "
+            f"the adapter {folder!r} sets `init_lora_weights` to {start!r}, whose start PEFT "
+            "draws anew on each loading: the trained model is not in its files. Save it with "
             "`path_initial_model_for_weight_conversion`."
         )
     if start == "lora_ga":
         warnings.warn(
-            f"the adapter {folder!r} sets `init_lora_weights` to 'lora_ga', whose start "
-            "was taken out of the "
-            "base's weights; it is right only on the base that was saved with it.",
+            f"the adapter {folder!r} sets `init_lora_weights` to 'lora_ga', whose start was "
+            "taken out of the base's weights; it is right only on the base that was saved with "
+            "it.",
             stacklevel=2,
         )
 
 
 def _without_value(peft: PeftModel, missing: list[str]) -> list[str]:
-    "Those of the missing names that are not second names of a tensor that was found: a bank that"
-    "layers share."
+    "Missing names that are not second names of a tensor that was found: a bank that layers share."
     state = peft.state_dict()
     found = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
     return [name for name in missing if state[name].data_ptr() not in found]
@@ -280,9 +264,8 @@ def _warn_of_another_base(config: PeftConfig, folder: str, given: str) -> None:
     trained = config.base_model_name_or_path
     if trained and Path(trained).name != Path(given).name:
         warnings.warn(
-            f"the adapter {folder!r} was trained on {trained!r} and is put onto "
-            f"{given!r}; if these are not "
-            "the same weights, the model is not the one that was trained.",
+            f"the adapter {folder!r} was trained on {trained!r} and is put onto {given!r}; if "
+            "these are not the same weights, the model is not the one that was trained.",
             stacklevel=2,
         )
 
@@ -304,9 +287,8 @@ def check_active(
         ours, theirs = probe_logits(model, ids), probe_logits(peft, ids)
     if not same_logits(ours, theirs, model.get_input_embeddings().weight.dtype):
         raise InputError(
-            "the adapter gives other logits through PEFT's own forward pass than in "
-            "the layers of its "
-            "base; merge it first (`merge_and_unload`)."
+            "the adapter gives other logits through PEFT's own forward pass than in the layers "
+            "of its base; merge it first (`merge_and_unload`)."
         )
 
 
@@ -353,9 +335,8 @@ def _check_config(config: PeftConfig) -> None:
     start = getattr(config, "init_lora_weights", True)
     if start not in STARTS:
         raise InputError(
-            f"the adapter sets `init_lora_weights` to {start!r}, which takes its "
-            "start out of the "
-            f"base's weights: {off}"
+            f"the adapter sets `init_lora_weights` to {start!r}, which takes its start out of "
+            f"the base's weights: {off}"
         )
     if getattr(config, "layer_replication", None):
         raise InputError(f"the adapter sets `layer_replication`, which adds layers: {off}")
@@ -372,11 +353,9 @@ def _check_off_is_fixed(peft: PeftModel, model: nn.Module) -> None:
     moving = [name for name, o in zip(live, reached) if o is not None]
     if moving:
         raise InputError(
-            f"{len(moving)} parameters that are trained reach the logits with the "
-            "adapters off (first: "
-            f"{moving[0]}): the reference would move with the policy. Freeze them, or "
-            "give the reference "
-            "as a model of its own."
+            f"{len(moving)} parameters that are trained reach the logits with the adapters off "
+            f"(first: {moving[0]}): the reference would move with the policy. Freeze them, or "
+            "give the reference as a model of its own."
         )
 
 # %% ../nbs/compare/43_adapters.ipynb #665cfcf5
@@ -394,9 +373,8 @@ def split_name(
     base, adapter = max(((name[:i], name[i + 1 :]) for i in places), key=_there)
     if "+" in base and not Path(base).expanduser().exists():
         raise InputError(
-            f"`model` is {name!r}, and there is no folder {base!r}; one adapter can "
-            "be on a base: merge the "
-            "first one and save the model (`merge_and_unload`)."
+            f"`model` is {name!r}, and there is no folder {base!r}; one adapter can be on a "
+            "base: merge the first one and save the model (`merge_and_unload`)."
         )
     return base, adapter
 

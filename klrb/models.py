@@ -11,13 +11,17 @@ import io
 import json
 import os
 import shutil
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from platformdirs import user_cache_path
 from safetensors import SafetensorError
 from torch import Tensor
@@ -33,15 +37,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import InputError, MachineError
+from .errors import InputError, MachineError, UserError
+from .files import digest, packaged_file, split_revision
 from .fused import LMHead
 from .gguf_files import load_gguf
-from .files import packaged_file, split_revision
 
 # %% auto #0
-__all__ = ['POCKET', 'POSITION_FIELDS', 'FROM_PADDING', 'pocket_training', 'pocket_folder', 'cached_model', 'load_tokenizer',
-           'load_model', 'check_same_tokenizer', 'context_length', 'check_context', 'Rollouts', 'sample_completions',
-           'sample_rollouts', 'completion_logits', 'token_logprobs', 'lm_head', 'check_lm_head', 'completion_hidden']
+__all__ = ['POCKET', 'PRESETS', 'DTYPES', 'POSITION_FIELDS', 'FROM_PADDING', 'pocket_training', 'pocket_folder', 'cached_model',
+           'one_line', 'load_tokenizer', 'pick_device', 'load_model', 'weights_digest', 'check_same_tokenizer',
+           'context_length', 'check_fits', 'check_context', 'Rollouts', 'sample_completions', 'sample_rollouts',
+           'completion_logits', 'token_logprobs', 'lm_head', 'check_lm_head', 'completion_hidden']
 
 # %% ../nbs/compare/41_models.ipynb #af8d3452
 POCKET = (
@@ -58,7 +63,7 @@ def pocket_training() -> dict:  # held-out bits per character, tokens, updates, 
 
 def pocket_folder() -> Path:  # config, weights, tokenizer
     "Where the shipped pocket model lies. Raises `ValueError` when its weights are damaged."
-    found = hashlib.sha256((POCKET / "model.safetensors").read_bytes()).hexdigest()
+    found = digest(POCKET / "model.safetensors")
     if found != (expected := pocket_training()["sha256"]):
         raise InputError(
             f"the pocket model has sha256 {found[:12]}…, expected {expected[:12]}…; reinstall klrb."
@@ -68,16 +73,17 @@ def pocket_folder() -> Path:  # config, weights, tokenizer
 # %% ../nbs/compare/41_models.ipynb #cc4c1a5b
 def cached_model(
     gguf: str | Path,  # GGUF file of a causal language model
-    cache: str
-    | Path
-    | None = None,  # folder of all cached models; None: $KLRB_MODELS, or klrb in the user's cache folder
+    cache: str | Path | None = None,  # folder of all of them; None: $KLRB_MODELS, or the user's
 ) -> Path:  # folder with config, safetensors and tokenizer
-    "The dequantised model of a GGUF file, made on first use. Raises `OSError` when it cannot be written."
+    """The dequantised model of a GGUF file, made on first use.
+
+    Raises `OSError` when it cannot be written.
+    """
     gguf, cache = (
         Path(gguf),
         Path(cache or os.environ.get("KLRB_MODELS") or user_cache_path("klrb")),
     )
-    folder = cache / f"{gguf.stem}-{hashlib.sha256(gguf.read_bytes()).hexdigest()[:12]}"
+    folder = cache / f"{gguf.stem}-{digest(gguf)[:12]}"
     if folder.is_dir():
         return folder
     partial = folder.with_name(folder.name + ".part")
@@ -94,8 +100,9 @@ def cached_model(
                 shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise MachineError(
-            f"caching {gguf.name} in `{cache}` failed ({str(error).splitlines()[0]}); it needs about "
-            f"{6 * gguf.stat().st_size / 1e6:.0f} MB. Free some space, or set KLRB_MODELS to another folder."
+            f"caching {gguf.name} in `{cache}` failed ({str(error).splitlines()[0]}); it needs "
+            f"about {6 * gguf.stat().st_size / 1e6:.0f} MB. Free some space, or set KLRB_MODELS "
+            "to another folder."
         ) from error
     return folder
 
@@ -116,57 +123,171 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 # %% ../nbs/compare/41_models.ipynb #5b7f903b
-def _resolve(name: str) -> dict:  # which files `from_pretrained` takes
-    if name in {"pocket", "tiny-random"}:
-        where, revision = str(pocket_folder()), "main"
-    elif name == "smollm2-135m":
-        where, revision = str(cached_model(packaged_file(name))), "main"
-    else:
-        where, revision = split_revision(name)
+def _smollm2_folder() -> Path:
+    return cached_model(packaged_file("smollm2-135m"))
+
+
+PRESETS: dict[str, Callable[[], Path]] = {
+    "pocket": pocket_folder,
+    "smollm2-135m": _smollm2_folder,
+    "tiny-random": pocket_folder,  # tokenizer and sizes; its weights are made, not read
+}
+
+
+def _files(name: str) -> dict[str, Any]:  # arguments of `from_pretrained`
+    "Which files a name stands for."
+    path = Path(name).expanduser()
+    if name in PRESETS:
+        return dict(pretrained_model_name_or_path=str(PRESETS[name]()), revision="main")
+    _check_exists(name, path)
+    if path.suffix == ".gguf":
+        return dict(pretrained_model_name_or_path=str(path.parent), gguf_file=path.name)
+    where, revision = (str(path), "main") if path.is_dir() else split_revision(name)
     return dict(pretrained_model_name_or_path=where, revision=revision)
 
 
-def load_tokenizer(
-    name: str,  # "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id
-) -> PreTrainedTokenizerBase:  # padded on the left, with a padding token
-    "The tokenizer of a model, ready for batched generation. Raises `ValueError` when it cannot be loaded, `OSError` when a package is missing."
-    where = _resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            **where, padding_side="left", trust_remote_code=False
+def _check_exists(name: str, path: Path) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise InputError(f"`model` is {name!r}, and there is no such file or folder.")
+    if path.suffix == ".gguf" and find_spec("gguf") is None:
+        raise InputError(
+            f"`model` is {name!r}; reading GGUF files needs the gguf package: "
+            "pip install klrb[gguf]"
         )
-    except OSError as error:
-        raise _cannot_load("tokenizer", name, error) from error
+    if path.is_dir() and not (path / "config.json").exists():
+        hint = (
+            "is an adapter: write BASE+ADAPTER"
+            if (path / "adapter_config.json").exists()
+            else "has no config.json; give a folder that save_pretrained wrote"
+        )
+        raise InputError(f"`model` is {name!r}, which {hint}.")
+
+# %% ../nbs/compare/41_models.ipynb #7c1d20ab
+def one_line(
+    error: Exception,  # of a library below, of many lines
+    limit: int = 500,  # characters kept; ours: a name, two sizes and what to do
+) -> str:  # without line breaks
+    "The text of an error, joined and cut at a word."
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= limit else words[:limit].rpartition(" ")[0] + " …"
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    "Say in one line that a checkpoint cannot be read, whatever the libraries below raise."
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
+        presets = ", ".join(PRESETS)
+        raise InputError(
+            f"`model` is {name!r}, and loading it failed: {one_line(error)} Give a folder with "
+            "config.json, safetensors and tokenizer, a GGUF file, a preset "
+            f"({presets}), or a Hub id (which needs a network or a filled cache)."
+        ) from error
+
+# %% ../nbs/compare/41_models.ipynb #7c1d20ad
+def load_tokenizer(
+    name: str,  # preset, local folder, GGUF file or Hub id
+    trust_remote_code: bool = False,  # run code that comes with the checkpoint
+) -> PreTrainedTokenizerBase:  # padded on the left, with a padding token
+    """The tokenizer of a model, ready for batched generation.
+
+    Raises `ValueError` when it cannot be loaded, `OSError` when a package is missing.
+    """
+    files = _files(name)
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            **files, padding_side="left", trust_remote_code=trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
+# %% ../nbs/compare/41_models.ipynb #7c1d20ae
+DTYPES = ("float32", "bfloat16", "float16")
 
-def _cannot_load(what: str, name: str, error: Exception) -> ValueError:
-    return InputError(
-        f"`model` is {name!r}, which is no preset (pocket, smollm2-135m, tiny-random), and loading its {what} failed "
-        f"({str(error).splitlines()[0]}). Give a local folder with safetensors, or a Hub id and a network."
-    )
+
+def pick_device(
+    device: str = "auto",  # "auto", "cpu", "cuda", "cuda:1", "mps"
+) -> torch.device:
+    """The device by name; automatic: CUDA, then MPS, then CPU.
+
+    Raises `ValueError` when it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            f"`device` is {device!r}, which is not available ({one_line(error)}); "
+            "use auto, cpu, cuda or mps."
+        ) from None
 
 # %% ../nbs/compare/41_models.ipynb #1b631728
 def load_model(
-    name: str,  # "pocket", "smollm2-135m", "tiny-random", a local folder or a Hub id
-    seed: int = 0,  # of the weights of "tiny-random"
-) -> PreTrainedModel:  # in float32, in evaluation mode, without dropout
-    "Load a causal language model from safetensors. Raises `ValueError` when it cannot be loaded, `OSError` when a package is missing."
+    name: str,  # preset, local folder, GGUF file or Hub id
+    seed: int = 0,  # seed of the weights of "tiny-random"
+    dtype: str = "float32",  # ours: half-precision logits have rounding of the size of small KLs
+    device: str = "cpu",  # see `pick_device`
+    trust_remote_code: bool = False,  # run code that comes with the checkpoint
+) -> PreTrainedModel:  # in evaluation mode, without dropout
+    """Load a causal language model.
+
+    Raises `ValueError` when it cannot be loaded or lacks weights, `OSError` when a package is
+    missing.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    place, number_format = pick_device(device), getattr(torch, dtype)
     if name == "tiny-random":
-        return _tiny_random(seed).eval()
-    where = _resolve(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except OSError as error:
-        raise _cannot_load("weights", name, error) from error
+        return _tiny_random(seed).to(place, number_format).eval()
+    model = _read_weights(name, number_format, trust_remote_code)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.eval()
+    return model.to(place).eval()
+
+
+def _read_weights(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    files = _files(name)
+    with _loading(name):
+        if "gguf_file" in files:
+            model, info = load_gguf(
+                Path(name).expanduser(), dtype, trust_remote_code=trust_remote_code
+            )
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **files,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    if missing := [*info["missing_keys"], *info["mismatched_keys"]]:
+        raise InputError(
+            f"`model` is {name!r}, whose checkpoint lacks {len(missing)} weights of the model or "
+            f"has them in another shape (first: {missing[0]}); they would be random. Is it a "
+            "complete causal language model?"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"`model` is {name!r}, which is an adapter: write BASE+ADAPTER.")
+    return model
 
 
 def _tiny_random(seed: int) -> PreTrainedModel:
@@ -191,13 +312,27 @@ def _tiny_random(seed: int) -> PreTrainedModel:
     model.config.name_or_path = "tiny-random"
     return model
 
+# %% ../nbs/compare/41_models.ipynb #7c1d20b0
+def weights_digest(
+    tensors: Iterable[tuple[str, Tensor]],  # names and weights
+    values: int,  # how many of each tensor's values are read, about
+    about: str = "",  # what else tells models apart, hashed first
+) -> str:  # sha256 in hexadecimal
+    "Digest of a sample of weights."
+    found = hashlib.sha256(about.encode())
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(flat[:: max(1, len(flat) // values)].float().cpu().numpy().tobytes())
+    return found.hexdigest()
+
 # %% ../nbs/compare/41_models.ipynb #b3926d99
 def check_same_tokenizer(
     policy_tokenizer: PreTrainedTokenizerBase,  # of the policy
     ref_tokenizer: PreTrainedTokenizerBase,  # of the reference
     special: bool = True,  # texts must also begin and end with the same tokens
 ) -> None:
-    "Raise `ValueError`, showing the first differences, unless vocabulary and special ids are the same."
+    "Raise `ValueError` with the first differences unless vocabulary and special ids are the same."
     ours, theirs = policy_tokenizer.get_vocab(), ref_tokenizer.get_vocab()
     if ours != theirs:
         differing = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
@@ -212,7 +347,8 @@ def check_same_tokenizer(
         if getattr(policy_tokenizer, name) != getattr(ref_tokenizer, name):
             raise InputError(
                 f"`{name}` is {getattr(policy_tokenizer, name)} for the policy and "
-                f"{getattr(ref_tokenizer, name)} for the reference; completions would end at different tokens."
+                f"{getattr(ref_tokenizer, name)} for the reference; completions would end at "
+                "different tokens."
             )
 
 
@@ -239,7 +375,7 @@ FROM_PADDING = (
 
 
 def _same_attention(text: PreTrainedConfig) -> int | None:
-    "Longest sequence that is read with full attention, of models that go over to another kind beyond it."
+    "Longest sequence read with full attention, of models that use another kind beyond it."
     if (
         "lsh" in (layers := getattr(text, "attn_layers", None) or ()) or "local" in layers
     ):  # Reformer
@@ -261,20 +397,32 @@ def context_length(
     return min((o for o in (found, _same_attention(text)) if o is not None), default=None)
 
 
+def check_fits(
+    lengths: list[int],  # tokens of each prompt
+    steps: int,  # tokens to generate at the most
+    context: int | None,  # positions of the model; None: no limit is known
+    argument: str,  # where `steps` comes from, for the message
+    owner: str = "model",  # whose context it is, for the message
+) -> None:
+    "Raise `ValueError` unless every prompt and its completion fit a context."
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if context is not None and lengths[longest] + steps > context:
+        raise InputError(
+            f"prompt {longest + 1} has {lengths[longest]} tokens and `{argument}` is {steps}, but "
+            f"the {owner}'s context has {context} positions; shorten either."
+        )
+
+
 def check_context(
     model: PreTrainedModel,  # policy or reference
-    tokenizer: PreTrainedTokenizerBase,  # of the model
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of the model
     prompts: list[str],  # to be completed
     max_completion_length: int,  # tokens to generate at the most
 ) -> None:
     "Raise `ValueError` unless every prompt and its completion fit the model's context."
-    context = context_length(model.config)
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
-    if context is not None and max(lengths) + max_completion_length > context:
-        raise InputError(
-            f"the longest prompt has {max(lengths)} tokens and `max_completion_length` is {max_completion_length}, "
-            f"but the context has {context} positions; shorten either."
-        )
+    context = context_length(model.config)
+    check_fits(lengths, max_completion_length, context, "max_completion_length")
 
 # %% ../nbs/compare/41_models.ipynb #f2b60c99
 @dataclass
@@ -304,7 +452,10 @@ def sample_completions(
 ) -> tuple[
     Tensor, Tensor
 ]:  # completion ids, padded on the right, and 1 up to and including the first end, (B, T) each
-    "Sample one completion per row from the policy itself: no top-k, no top-p, no penalties. Uses torch's global generator."
+    """Sample one completion per row from the policy itself: no top-k, no top-p, no penalties.
+
+    Uses torch's global generator.
+    """
     if bare:
         full = _sample_bare(
             policy,
@@ -349,7 +500,7 @@ def _completions(
 def _sample_bare(
     policy, ids, steps, temperature, eos_token_ids, pad_token_id, processors
 ) -> Tensor:  # (B, P + T)
-    "Without cache, mask and positions: for models whose `generate` and `forward` do not agree about them."
+    "Without cache, mask and positions: for models whose `generate` and `forward` differ in them."
     ends = torch.tensor(eos_token_ids, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(steps):
@@ -372,7 +523,8 @@ def sample_rollouts(
 ) -> Rollouts:  # K rows per prompt
     """Sample completions from the policy itself, see `sample_completions`.
 
-    Uses torch's global generator, so seed it first. Raises `ValueError` when prompt and completion exceed the context.
+    Uses torch's global generator, so seed it first. Raises `ValueError` when prompt and completion
+    exceed the context.
     """
     check_context(policy, tokenizer, prompts, max_completion_length)
     rows = [prompt for prompt in prompts for _ in range(num_completions)]
@@ -408,7 +560,10 @@ def causal_lm(
 def step_inputs(
     prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
 ) -> dict[str, Tensor]:
-    "What a model reads to score a completion, (B, P + T - 1) each: the step at index P - 1 + t chooses completion token t."
+    """What a model reads to score a completion, (B, P + T - 1) each.
+
+    The step at index P - 1 + t chooses completion token t.
+    """
     attention_mask = torch.cat([prompt_mask, completion_mask[:, :-1]], 1)
     return dict(
         input_ids=torch.cat([prompt_ids, completion_ids[:, :-1]], 1),
@@ -421,7 +576,10 @@ def accepted_inputs(
     module: torch.nn.Module,  # a language model
     inputs: dict,  # what it could be given
 ) -> dict:  # what its `forward` has a name for
-    "Leave out what a model does not know: Bart's decoder has no `position_ids`, BLOOM no `logits_to_keep`."
+    """Leave out what a model does not know.
+
+    Bart's decoder has no `position_ids`, BLOOM no `logits_to_keep`.
+    """
     names = inspect.signature(module.forward).parameters
     return {k: v for k, v in inputs.items() if k in names} if "input_ids" in names else inputs
 
@@ -470,16 +628,20 @@ def lm_head(
 ) -> (
     LMHead
 ):  # weight (V, H), bias, scale and soft cap: all between the last hidden state and the logits
-    "The head of a language model, sharing its parameters. Raises `ValueError` for a head that is more than one matrix."
+    """The head of a language model, sharing its parameters.
+
+    Raises `ValueError` for a head that is more than one matrix.
+    """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
     if hasattr(head, "base_layer"):
         raise InputError(
-            "`model` has an adapter on its head, which `lm_head` would leave out; take the head out of the adapter's "
-            "`target_modules`, or train it in full (`modules_to_save`)."
+            "`model` has an adapter on its head, which `lm_head` would leave out; take the head "
+            "out of the adapter's `target_modules`, or train it in full (`modules_to_save`)."
         )
     if getattr(head, "weight", None) is None or head.weight.dim() != 2:
         raise InputError(
-            f"`model` has the head {type(head).__name__}, without a weight of shape (V, H); the fused kernel needs one."
+            f"`model` has the head {type(head).__name__}, without a weight of shape (V, H); the "
+            "fused kernel needs one."
         )
     scale, divisor = (
         getattr(config, name, None) for name in ("logit_scale", "logits_scaling")
@@ -508,8 +670,9 @@ def check_lm_head(
         if (ours - logits).abs().max() < 0.02 * logits.abs().max():
             return  # a wrong factor is far outside, bfloat16 inside
     raise InputError(
-        f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` knows: a weight, a bias, "
-        "`logit_scale`, `logits_scaling` and `final_logit_softcapping`. Its KL cannot be computed from hidden states."
+        f"the head of `model` ({type(base).__name__}) does more to the logits than `lm_head` "
+        "knows: a weight, a bias, `logit_scale`, `logits_scaling` and "
+        "`final_logit_softcapping`. Its KL cannot be computed from hidden states."
     )
 
 # %% ../nbs/compare/41_models.ipynb #c3dd3cdb

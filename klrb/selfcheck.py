@@ -5,7 +5,6 @@
 # %% ../nbs/compare/42_selfcheck.ipynb #e6d4da96
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from klrb.models import (
     completion_logits,
     context_length,
     sample_completions,
+    weights_digest,
 )
 
 # %% auto #0
@@ -84,10 +84,11 @@ def check_lengths(
     for number, row in enumerate(rows, 1):
         if len(row) <= check.switch < len(row) + max_new_tokens:
             raise InputError(
-                f"prompt {number} has {len(row)} tokens and `max_new_tokens` is {max_new_tokens}, which crosses "
-                f"{check.switch} positions, where the rotary factors of the {role} change (longrope): the steps "
-                "before would be scored by another model than was sampled. Give at most "
-                f"{check.switch - len(row)} new tokens, or longer prompts."
+                f"prompt {number} has {len(row)} tokens and `max_new_tokens` is "
+                f"{max_new_tokens}, which crosses {check.switch} positions, where the rotary "
+                f"factors of the {role} change (longrope): the steps before would be scored by "
+                f"another model than was sampled. Give at most {check.switch - len(row)} new "
+                "tokens, or longer prompts."
             )
 
 # %% ../nbs/compare/42_selfcheck.ipynb #7b15fe3b
@@ -235,22 +236,25 @@ def _check_causal(model: PreTrainedModel, rows: list[list[int]], wanted: list[Te
     # Rounding that a model amplifies is told apart below; what sees later tokens changes by more
     if _worst([wanted[1][:n]], [wanted[0][:n]], model.dtype) > max(1e-3, _tolerance(model.dtype)):
         raise InputError(
-            f"`model` is {_model_name(model)}, which is not a causal language model: what it gives at one "
-            "position changes with a later token, so that its numbers are no probabilities of a text. "
-            "Give a causal language model (a decoder)."
+            f"`model` is {_model_name(model)}, which is not a causal language model: what it "
+            "gives at one position changes with a later token, so that its numbers are no "
+            "probabilities of a text. Give a causal language model (a decoder)."
         )
 
 
+def _own_logits(model: PreTrainedModel, probe: _Probe) -> list[Tensor]:  # (L, V) each
+    rows = [torch.tensor([o], device=model.device) for o in probe.rows()]
+    return [bare_logits(model, ids)[0] for ids in rows]
+
+
 def _try_way(model: PreTrainedModel, probe: _Probe, wanted: list[Tensor], bare: bool) -> float:
-    "Largest deviation of klrb's logits from the model's own; infinite when the model does not run like that."
+    "Largest deviation of our logits from the model's own; infinite when it does not run like that."
     try:
         scored, sampled = _klrb_logits(model, probe, bare)
     except torch.OutOfMemoryError:
         raise
     except Exception:
-        return (
-            torch.inf
-        )  # whatever a model raises at a mask, a position or a cache that it does not know
+        return torch.inf  # whatever it raises at a mask, a position or a cache it does not know
     steps = len(probe.completions[0])
     own = [o[-steps:] for o in wanted]
     return max(
@@ -263,20 +267,17 @@ def _run_check(model: PreTrainedModel) -> ScoringCheck:
     made_as = set(model.config.architectures or []) - {type(causal_lm(model)).__name__}
     if model.config.is_encoder_decoder or made_as & ENCODER_DECODERS:
         raise InputError(
-            f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal language model: "
-            "its decoder alone, without the text that the encoder reads, is not what was trained. "
-            "Give a causal language model (a decoder)."
+            f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal "
+            "language model: its decoder alone, without the text that the encoder reads, is not "
+            "what was trained. Give a causal language model (a decoder)."
         )
     switch, tolerance = rotary_switch(model.config), _tolerance(model.dtype)
     longest = min(o for o in (12, context_length(model.config), switch) if o)
     steps = min(3, max(1, longest - 1))
     top = longest - steps + 1
-    own = lambda probe: [
-        bare_logits(model, torch.tensor([o], device=model.device))[0] for o in probe.rows()
-    ]
     probe = _make_probe(model, [top, (top + 1) // 2, 1], steps)
     try:
-        wanted = own(probe)
+        wanted = _own_logits(model, probe)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -289,15 +290,16 @@ def _run_check(model: PreTrainedModel) -> ScoringCheck:
     if deviation <= tolerance:
         return ScoringCheck(False, switch, deviation=deviation)
     probe = _make_probe(model, [top, top], steps)
-    wanted = own(probe)
+    wanted = _own_logits(model, probe)
     for bare in (False, True):
         deviation = _try_way(model, probe, wanted, bare)
         if deviation <= tolerance:
             return ScoringCheck(True, switch, bare, deviation)
     raise InputError(
-        f"`model` is {_model_name(model)}, whose logits for a sequence change by {deviation:.2g} of their spread "
-        f"(allowed: {tolerance:.1g}) when others stand beside it or when it is read token by token: no way of "
-        "running it gives its own probabilities for certain, and it cannot be measured."
+        f"`model` is {_model_name(model)}, whose logits for a sequence change by {deviation:.2g} "
+        f"of their spread (allowed: {tolerance:.1g}) when others stand beside it or when it is "
+        "read token by token: no way of running it gives its own probabilities for certain, and "
+        "it cannot be measured."
     )
 
 # %% ../nbs/compare/42_selfcheck.ipynb #0a897cf4
@@ -315,16 +317,11 @@ def _fingerprint(model: PreTrainedModel) -> str:
         model.device,
         model.config._attn_implementation,
     )
-    digest = hashlib.sha256(repr(about).encode())
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().flatten()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(flat[:: max(1, len(flat) // 256)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest(model.state_dict().items(), 256, repr(about))
 
 
 def check_scoring(
-    model: PreTrainedModel,  # a causal language model, or a PEFT model around one; comes out as it went in
+    model: PreTrainedModel,  # causal language model, or a PEFT model around one; left as it was
 ) -> ScoringCheck:  # how its batches must look
     """Compare klrb's way of sampling and scoring with the model's own logits, in a few tiny passes.
 

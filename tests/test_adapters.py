@@ -1,6 +1,7 @@
-"""Adapters: on is what PEFT's own forward pass gives, off is the base loaded alone, or the pair is refused.
+"""Adapters: on is what PEFT's forward pass gives, off is the base alone, or the pair is refused.
 
-Oracles are bare float64 passes of models that are built apart: the base from its folder, and `PeftModel.from_pretrained`.
+Oracles are bare float64 passes of models that are built apart: the base from its folder, and
+`PeftModel.from_pretrained`.
 """
 
 import inspect

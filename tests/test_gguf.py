@@ -1,4 +1,4 @@
-"""GGUF files: written from small models as llama.cpp writes them, read back, and compared with the model itself in float64."""
+"""GGUF files: written from small models as llama.cpp does, read back, and compared in float64."""
 
 import math
 
@@ -326,7 +326,7 @@ def kl(model, other):
 
 
 def check(model, path):
-    "The weights are the same numbers, so that only their order of computation is left; KL is quadratic in it."
+    "The weights are the same: only the order of computation is left, and KL is quadratic in it."
     found, info = load_gguf(path)
     assert not info["missing_keys"]
     assert abs(kl(model, found)) < 1e-9
@@ -413,7 +413,10 @@ def test_scaled_positions_are_applied(name, arch, tmp_path):
 
 
 def test_llama_3_1_itself(tmp_path):
-    """Its own parameters, scaled to a context of 64, and llama.cpp's own formula for the tensor (convert_hf_to_gguf.py, `generate_extra_tensors`)."""
+    """Its own parameters, scaled to a context of 64, and llama.cpp's own formula for the tensor.
+
+    It is `generate_extra_tensors` of convert_hf_to_gguf.py.
+    """
     rope = dict(
         rope_type="llama3",
         rope_theta=500.0,

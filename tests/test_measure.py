@@ -1,4 +1,4 @@
-"""The measuring tool: exact answers by enumeration, coverage, files that survive an interruption, and bad input."""
+"""The measuring tool: enumerated answers, coverage, files after an interruption, and bad input."""
 
 import inspect
 import itertools
@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import klrb.compare.scoring
-import klrb.compare.sides
+import klrb.models
 from klrb.cli import app
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl
 from klrb.measure import measure_kl
@@ -63,7 +63,7 @@ TOKENIZER, POLICY, REFERENCE = small_tokenizer(), small_model(1), small_model(2)
 
 @torch.no_grad()
 def enumerated_kl(policy, reference, prompt, steps, temperatures=(1.0, 1.0), width=len(WORDS)):
-    "KL of the strings of up to `steps` tokens, and their expected length, in float64: a sum over all prefixes."
+    "KL of the strings of up to `steps` tokens, and their expected length: a sum over all prefixes."
     policy, reference = policy.double(), reference.double()
     total, length, reach = 0.0, 0.0, {(): 1.0}
     for _ in range(steps):
@@ -108,7 +108,7 @@ def measure(policy=POLICY, reference=REFERENCE, prompts=None, **settings):
     ],
 )
 def test_all_estimates_against_enumeration(settings, way, temperatures):
-    "z < 4 for each of six estimates; the end token's own step counts although it is also the padding."
+    "z < 4 for each of six estimates; the end token's step counts, though it is also the padding."
     kl, length = enumerated_kl(*(POLICY, REFERENCE)[::way], [0], 3, temperatures)
     result = measure(samples=3000, **settings).headline
     for row in estimates(result).itertuples():
@@ -295,7 +295,7 @@ def test_tolerance_is_reached_or_the_reason_is_given():
 
 @pytest.mark.parametrize("num_prompts", [1, 5])
 def test_next_size_of_known_variance(num_prompts):
-    "Independent standard normal values: 1.96^2 / d^2 rollouts are needed, and a tenth more are planned."
+    "Standard normal values: 1.96^2 / d^2 rollouts are needed, and a tenth more are planned."
     values = np.random.default_rng(0).standard_normal(2000)
     half = cluster_interval(
         values, clusters=np.arange(2000) % num_prompts if num_prompts > 1 else None
@@ -348,12 +348,15 @@ def coverage(prob, values, exact, tolerance, repetitions=300, **settings):
 
 
 def test_coverage_of_the_stopping_rule(monkeypatch):
-    """300 repetitions, standard error 1.3 %: within 4 % of 95 %. The second pair has a skewness of 6; without the first
-    round's size and the skewness rule its coverage is far off. (Notebook 06 repeats 2,000 times.)"""
+    """300 repetitions, standard error 1.3 %: within 4 % of 95 %. (The chapter repeats 2,000 times.)
+
+    The second pair has a skewness of 6; without the first round's size and the skewness rule its
+    coverage is far off.
+    """
     ordinary, skewed = strings(0, 3, 4, 1.0), strings(2, 2, 5, 2.0)
     assert abs(coverage(*ordinary, Tolerance(0.05)) - 0.95) < 0.04
     assert abs(coverage(*skewed, Tolerance(0.1, True)) - 0.95) < 0.04
-    monkeypatch.setattr("klrb.compare.stopping.SKEWNESS_FACTOR", 0)
+    monkeypatch.setattr("klrb.intervals.SKEWNESS_FACTOR", 0)
     assert coverage(*skewed, Tolerance(0.1, True), first=16) < 0.88
 
 
@@ -361,7 +364,7 @@ def test_coverage_of_the_stopping_rule(monkeypatch):
 
 
 def test_text_mode_agrees_with_sampling(tmp_path):
-    "The policy's own completions as documents: the mean step KL is the per-token estimate of the same rollouts."
+    "The policy's completions as documents: the mean step KL is the per-token estimate of them."
     found = measure(samples=300, save=tmp_path / "out")
     documents = [list(o) for o in pd.read_parquet(tmp_path / "out" / "rollouts.parquet").token_ids]
     text = measure_text(POLICY, REFERENCE, documents, tokenizer=TOKENIZER)
@@ -381,7 +384,10 @@ def test_text_mode_agrees_with_sampling(tmp_path):
 
 
 def test_bootstrap_over_documents_covers_the_median(monkeypatch):
-    "40 documents of a population whose values differ by document; 80 repetitions: at 95 % fewer than 68 hits have a chance of 6e-4."
+    """40 documents of a population whose values differ by document, 80 repetitions.
+
+    At 95 % fewer than 68 hits have a chance of 6e-4.
+    """
     monkeypatch.setattr("klrb.compare.text.RESAMPLES", 200)
     rng, hits = np.random.default_rng(0), 0
     for _ in range(80):
@@ -476,7 +482,7 @@ def test_saved_files_have_all_that_repeats_a_run(tmp_path):
         "reverse-prompts.csv",
         "reverse-positions.csv",
         "heatmap.html",
-        "figures/reverse-convergence.svg",
+        "figures/reverse-convergence.png",
     }
     saved = json.loads((tmp_path / "out" / "measurement.json").read_text())
     assert (
@@ -653,7 +659,7 @@ def test_bad_input_of_the_other_modes(folder, monkeypatch, options, message):
 
 
 def test_gguf_without_its_package_names_the_extra(folder, monkeypatch):
-    monkeypatch.setattr(klrb.compare.sides, "find_spec", lambda name: None)
+    monkeypatch.setattr(klrb.models, "find_spec", lambda name: None)
     check_error(invoke(folder, monkeypatch, "junk.gguf", "good"), "pip install klrb[gguf]")
 
 

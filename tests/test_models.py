@@ -65,10 +65,11 @@ def rollouts(name, size=4, prompt=5, steps=7):
     )
     completion_mask[1, 4:] = 0  # padded on the right
     if name != "gemma 2":
-        prompt_mask[0, :3] = (
-            0  # and on the left; Gemma's attention has float32 inside and overflows at float64's padding
-        )
-    ids = lambda length: torch.randint(97, (size, length), generator=gen)
+        prompt_mask[0, :3] = 0  # and on the left; Gemma's float32 overflows at float64's padding
+
+    def ids(length):
+        return torch.randint(97, (size, length), generator=gen)
+
     return ids(prompt), prompt_mask, ids(steps), completion_mask
 
 
@@ -110,7 +111,7 @@ def test_head_of_the_hidden_state_is_the_models_logits(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_kl_from_hidden_states_is_the_textbook_sum_over_logits(name):
-    """Oracle: softmax of the models' logits in float64, at a temperature, between a model and its copy with noise."""
+    "Oracle: softmax of float64 logits at a temperature, between a model and its copy with noise."
     policy, reference, fields = model(name), model(name), rollouts(name)
     with torch.no_grad():
         for p in policy.parameters():

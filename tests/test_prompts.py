@@ -1,4 +1,4 @@
-"""Files, tables, tokenizers and terminals as people have them: the right prompts, or one line that says what is wrong."""
+"""Files, tables, tokenizers and terminals as people have them: the right prompts, or a refusal."""
 
 import bz2
 import contextlib
@@ -88,7 +88,7 @@ POLICY, REFERENCE = build_model(1), build_model(2)
 
 @torch.no_grad()
 def exact_kl(policy, reference, ours, theirs, steps, ends=(1,)):
-    "KL of the strings of up to `steps` tokens after each side's own prompt, in float64, prefix by prefix."
+    "KL of the strings of up to `steps` tokens after each side's own prompt, prefix by prefix."
     policy, reference = policy.double(), reference.double()
     total, reach = 0.0, {(): 1.0}
     for _ in range(steps):
@@ -685,7 +685,11 @@ def test_parts_are_measured_and_shown(tmp_path):
 )
 def test_what_a_template_would_lose_is_refused(given, settings, expected):
     "Templates drop what they do not know, and raise what they like."
-    template = "{% for m in messages if m.content != 'zzz' %}{% if m.content == 'b' and loop.length == 1 %}{{ raise_exception('no') }}{% endif %}{{ m.content }} {% endfor %}"
+    template = (
+        "{% for m in messages if m.content != 'zzz' %}"
+        "{% if m.content == 'b' and loop.length == 1 %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content }} {% endfor %}"
+    )
     assert expected in refusal(
         measure_kl, POLICY, REFERENCE, given, tokenizer=build_tokenizer(chat=template), **settings
     )
@@ -866,7 +870,7 @@ def test_models_are_given_back_as_they_were(function, ending, monkeypatch):
         return inner(*args, **kwargs)
 
     module, name = (
-        ("klrb.measure", "draw")
+        ("klrb.compare.scoring", "_one_batch")
         if function is measure_kl
         else ("klrb.compare.text", "score_completions")
     )

@@ -1,9 +1,8 @@
-"""The self-check at loading: what it decides, that the decision gives right numbers, and that it leaves no trace.
+"""The self-check at loading: what it decides, that this gives right numbers, and leaves no trace.
 
-Oracle throughout: the model itself in float64, given the token ids of one sequence and nothing else.
+Oracle throughout: the model itself in float64, given the token ids of one sequence alone.
 """
 
-import math
 import time
 
 import pytest
@@ -17,8 +16,6 @@ from transformers import (
     BertForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
 )
 
 import klrb.selfcheck
@@ -134,7 +131,7 @@ def test_a_folder_of_a_masked_model_or_an_encoder_decoder_is_refused_before_a_to
 
 @pytest.mark.parametrize("scale, equal", [(1e-9, False), (0.5, True)])
 def test_the_size_of_a_leak_decides(scale, equal):
-    "A layer that adds the mean over all positions, the padding too, to what it gives: rounding passes, a leak does not."
+    "A layer that adds the mean over all positions, padding too: rounding passes, a leak does not."
     model = tiny("llama")
 
     def leak(module, args, output):

@@ -1,10 +1,9 @@
-"""Tiny random models of every type that transformers maps to a causal language model, for the sweep over architectures."""
+"""Tiny random models of every type that transformers maps to a causal language model."""
 
-import importlib
 import re
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 97
@@ -13,33 +12,39 @@ RULES = [
     (r"(^|_)vocab_size$|^n_vocab$|vocab_size_per_layer_input", VOCAB),
     (r"hidden_size_per_layer_input|index_head_dim|block_size$", 8),
     (
-        r"^(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|emb_dim|attention_hidden_size|lru_width|input_embedding_size)$",
+        r"^(hidden_size|d_model|n_embd|dim|embed_dim|embedding_size|word_embed_proj_dim|"
+        r"emb_dim|attention_hidden_size|lru_width|input_embedding_size)$",
         32,
     ),
     (
-        r"intermediate_size|ffn_dim|^d_ff$|^n_inner$|^dff$|ffn_hidden_size|^dim_ff$|feed_forward_size|mlp_dim",
+        r"intermediate_size|ffn_dim|^d_ff$|^n_inner$|^dff$|ffn_hidden_size|^dim_ff$|"
+        r"feed_forward_size|mlp_dim",
         48,
     ),
     (
-        r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|num_decoder_layers|num_encoder_layers)$",
+        r"^(num_hidden_layers|n_layers?|num_layers|decoder_layers|encoder_layers|"
+        r"num_decoder_layers|num_encoder_layers)$",
         2,
     ),
     (r"key_value_heads|num_kv_heads|n_head_kv|kv_n_heads|multi_query_group_num", 2),
     (r"(num_|n_|decoder_|encoder_).*heads?$|^(n_heads?|num_heads)$", 4),
     (
-        r"^(head_dim|attention_head_dim|global_head_dim|v_head_dim|qk_nope_head_dim|d_head|d_kv|dim_head|kv_channels|attention_key_size)$",
+        r"^(head_dim|attention_head_dim|global_head_dim|v_head_dim|qk_nope_head_dim|d_head|"
+        r"d_kv|dim_head|kv_channels|attention_key_size)$",
         8,
     ),
     (r"rope_head_dim|rotary_dim", 8),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank|lora_rank", 16),
     (r"(num|n)_.*experts_per_tok|moe_topk|^top_k$|^moe_k$|experts_top_k|num_selected_experts", 2),
     (
-        r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts|zero_expert_num)$",
+        r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|num_routed_experts|"
+        r"zero_expert_num)$",
         4,
     ),
     (r"n_shared_experts|num_shared_expert|n_group$|topk_group|first_k_dense|moe_num_shared", 1),
     (
-        r"max_position_embeddings|n_positions|max_seq_len|seq_length|n_ctx|max_target_positions|max_source_positions|context_length|max_sequence_length",
+        r"max_position_embeddings|n_positions|max_seq_len|seq_length|n_ctx|"
+        r"max_target_positions|max_source_positions|context_length|max_sequence_length",
         128,
     ),
     (

@@ -9,19 +9,19 @@ import html
 import math
 import re
 import sys
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..errors import InputError, InputTypeError
 from klrb.compare.prompts import (
     as_found,
     check_arguments,
@@ -30,17 +30,28 @@ from klrb.compare.prompts import (
     quiet_loading,
     read_rows,
 )
-from .results import Saver, finish_saving, heatmap_html, note_lines, plain
+from klrb.compare.results import (
+    Saver,
+    finish_saving,
+    heatmap_html,
+    note_lines,
+    plain,
+    result_is_kept,
+)
 from klrb.compare.scoring import (
+    Clock,
+    Comparison,
+    Completions,
+    Party,
     check_ids,
     check_integer,
-    common_width,
     memory_errors,
     resolve_divergence,
     score_completions,
 )
+from .sides import Model, Side, describe, load_pair
+from ..errors import InputError, InputTypeError
 from ..intervals import cluster_interval
-from .sides import Side, describe, load_pair
 
 # %% auto #0
 __all__ = ['PERCENTILES', 'RESAMPLES', 'weighted_percentiles', 'text_statistics', 'read_documents', 'TextMeasurement',
@@ -68,53 +79,47 @@ def weighted_percentiles(
 RESAMPLES = 1000  # ours: the ends of a bootstrap interval then move by a few percent of its length
 
 
+def _percentiles(step: np.ndarray, document: np.ndarray, seed: int) -> Iterator[tuple]:
+    "Name, value, low and high of each percentile; the ends by a bootstrap over documents."
+    order = np.argsort(step, kind="stable")
+    ordered, owner, n = step[order], document[order], document.max() + 1
+    shares = list(PERCENTILES.values())
+    values = weighted_percentiles(ordered, np.ones(len(ordered), int), shares)
+    low, high = np.full((2, len(shares)), np.nan)
+    if n > 1:
+        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+        resampled = [weighted_percentiles(ordered, row[owner], shares) for row in counts]
+        low, high = np.quantile(resampled, [0.025, 0.975], axis=0, method="nearest")
+    return zip(PERCENTILES, values, low, high)
+
+
 def text_statistics(
-    tokens: pd.DataFrame,  # one row per token: document, step, policy_logprob, ref_logprob, same_top
-    seed: int = 0,  # of the bootstrap
+    tokens: pd.DataFrame,  # document, step, policy_logprob, ref_logprob, same_top of every token
+    seed: int = 0,  # seed of the bootstrap
 ) -> pd.DataFrame:  # columns statistic, value, low, high; NaN without an interval
-    "Statistics of text mode with 95 % intervals over documents. Raises `ValueError` without tokens."
+    """Statistics of text mode with 95 % intervals over documents.
+
+    Raises `ValueError` without tokens.
+    """
     if tokens.empty:
         raise InputError("the text has no tokens to score; give a longer text.")
     document = np.unique(tokens.document, return_inverse=True)[1]
 
     def mean(values):
-        return cluster_interval(values, clusters=document)
+        found = cluster_interval(values, clusters=document)
+        return found.mean, found.low, found.high
 
-    order = np.argsort(tokens.step.to_numpy(), kind="stable")
-    ordered, owner, n = tokens.step.to_numpy()[order], document[order], document.max() + 1
-    percentiles = weighted_percentiles(
-        ordered, np.ones(len(ordered), int), list(PERCENTILES.values())
-    )
-    rng, low, high = np.random.default_rng(seed), *np.full((2, len(PERCENTILES)), np.nan)
-    if n > 1:
-        counts = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)  # (resamples, documents)
-        resampled = [
-            weighted_percentiles(ordered, row[owner], list(PERCENTILES.values())) for row in counts
-        ]
-        low, high = np.quantile(resampled, [0.025, 0.975], axis=0, method="nearest")
-    kl, same, change = (
-        mean(tokens.step),
-        mean(tokens.same_top),
-        mean(tokens.policy_logprob - tokens.ref_logprob),
-    )
+    step = tokens.step.to_numpy()
     rows = [
-        ("mean", kl.mean, kl.low, kl.high),
-        *zip(PERCENTILES, percentiles, low, high),
-        ("maximum", ordered[-1], math.nan, math.nan),
-        ("same top token", same.mean, same.low, same.high),
+        ("mean", *mean(tokens.step)),
+        *_percentiles(step, document, seed),
+        ("maximum", step.max(), math.nan, math.nan),
+        ("same top token", *mean(tokens.same_top)),
+        ("perplexity, policy", *np.exp(mean(-tokens.policy_logprob))),
+        ("perplexity, reference", *np.exp(mean(-tokens.ref_logprob))),
+        ("mean Δ log p", *mean(tokens.policy_logprob - tokens.ref_logprob)),
     ]
-    for name in ("policy", "ref"):
-        i = mean(-tokens[f"{name}_logprob"])
-        rows.append(
-            (
-                f"perplexity, {'policy' if name == 'policy' else 'reference'}",
-                *np.exp([i.mean, i.low, i.high]),
-            )
-        )
-    return pd.DataFrame(
-        [*rows, ("mean Δ log p", change.mean, change.low, change.high)],
-        columns=["statistic", "value", "low", "high"],
-    )
+    return pd.DataFrame(rows, columns=["statistic", "value", "low", "high"])
 
 # %% ../../nbs/compare/49_text.ipynb #d03a0426
 def _paragraphs(text: str) -> list[str]:
@@ -123,9 +128,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def read_documents(
-    source: str
-    | Path
-    | list,  # text file (documents are separated by blank lines), any other file of `read_prompts`, table, or list
+    source: str | Path | list,  # text file with blank lines between documents; see `read_prompts`
     column: str | None = None,  # field or column; None: "prompt" or "text"
 ) -> list:  # texts, or lists of token ids
     "Read documents. Raises `ValueError` when there are none, or naming the document that is none."
@@ -140,20 +143,14 @@ def _document(row, where: str) -> str | list[int]:
     if isinstance(row, str):
         return row
     for token in row:
-        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+        number = isinstance(token, Integral) and not isinstance(token, bool)
+        if not number or token < 0:
+            shown = f"the token id {token}" if number else repr(str(token)[:60])
             raise InputError(
-                f"{where} holds {str(token)[:60]!r}, which is no token id; each document must be a text, or a list of ids."
+                f"{where} holds {shown}, which is no token id; each document must be a text, or a "
+                "list of ids."
             )
     return [int(o) for o in row]
-
-
-def _check_ids(documents: list, width: int) -> None:
-    for number, document in enumerate(documents, 1):
-        if not isinstance(document, str) and max(document) >= width:
-            raise InputError(
-                f"document {number} holds the token id {max(document):,}, but the models' logits have {width:,} entries; "
-                "was it made by another tokenizer?"
-            )
 
 
 def _token_ids(document: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -165,7 +162,7 @@ def _token_ids(document: str | list[int], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _text_notes(documents: list, tokenizers: tuple) -> list[str]:
-    "Both sides read the tokens of the policy's tokenizer; what the other would have read is worth a note."
+    "Both sides read the policy's tokens; what the reference would have read is worth a note."
     ours, theirs = tokenizers
     if ours is theirs:
         return []
@@ -177,30 +174,35 @@ def _text_notes(documents: list, tokenizers: tuple) -> list[str]:
     notes = []
     if differing:
         notes.append(
-            f"the two tokenizers read {len(differing):,} of {len(documents):,} documents as other tokens (first: document "
-            f"{differing[0]}); both models are given the policy's"
+            f"the two tokenizers read {len(differing):,} of {len(documents):,} documents as "
+            f"other tokens (first: document {differing[0]}); both models are given the policy's"
         )
     if ours.bos_token_id != theirs.bos_token_id:
         notes.append(
-            f"windows begin with the policy's {ours.bos_token!r}, also for the reference, whose tokenizer has {theirs.bos_token!r}"
+            f"windows begin with the policy's {ours.bos_token!r}, also for the reference, whose "
+            f"tokenizer has {theirs.bos_token!r}"
         )
     return notes
 
 
-def _windows(
-    documents: list, tokenizer: PreTrainedTokenizerBase, window: int
-) -> list[tuple[int, int, list[int], list[int]]]:
-    "Document, position of its first scored token, what a window starts with, and the tokens that are scored."
-    found = []
+class _Window(NamedTuple):
+    document: int  # number of the document
+    first: int  # position of its first scored token
+    start: list[int]  # what is read before them
+    ids: list[int]  # tokens that are scored
+
+
+def _windows(documents: list, tokenizer: PreTrainedTokenizerBase, length: int) -> list[_Window]:
+    "Documents in pieces, each behind the token that begins a text, or behind its own first one."
+    found, start = [], tokenizer.bos_token_id
     for number, document in enumerate(documents):
         ids = _token_ids(document, tokenizer)
-        start = tokenizer.bos_token_id
-        for at in range(0, len(ids), window):
-            piece = ids[at : at + window]
+        for at in range(0, len(ids), length):
+            piece = ids[at : at + length]
             if start is not None:
-                found.append((number, at, [start], piece))
+                found.append(_Window(number, at, [start], piece))
             elif len(piece) > 1:
-                found.append((number, at + 1, piece[:1], piece[1:]))
+                found.append(_Window(number, at + 1, piece[:1], piece[1:]))
     return found
 
 # %% ../../nbs/compare/49_text.ipynb #512142ff
@@ -209,7 +211,7 @@ class TextMeasurement:
     "How far two models' next-token distributions are apart on a given text."
 
     statistics: pd.DataFrame  # statistic, value, low, high
-    tokens: pd.DataFrame  # one row per token: document, position, token_id, step, policy_logprob, ref_logprob, same_top
+    tokens: pd.DataFrame  # one row per token: as for `text_statistics`, and position, token_id
     label: str  # such as "KL(policy || reference)"
     about: dict  # settings, models and their fingerprints, versions
     status: str  # "complete" or "interrupted"
@@ -250,56 +252,62 @@ class TextMeasurement:
 
     def _repr_html_(self):
         shown = "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in self.largest)
-        return f"<pre>{html.escape(repr(self))}</pre><p>Around the largest steps (nats, sum at the end):</p>{shown}"
+        head = "<p>Around the largest steps (nats, sum at the end):</p>"
+        return f"<pre>{html.escape(repr(self))}</pre>{head}{shown}"
 
 # %% ../../nbs/compare/49_text.ipynb #0d11d3d8
-def _score_windows(sides, windows, width, batch_tokens, direction, divergence, alpha, seconds):
-    "Rows of every token, one frame per batch of windows."
-    longest = max(len(start) + len(ids) for *_, start, ids in windows)
+def _check_window(windows: list[_Window], batch_tokens: int) -> None:
+    if not windows:
+        raise InputError("`text` has no tokens to score; give a longer text.")
+    longest = max(len(o.start) + len(o.ids) for o in windows)
     if longest > batch_tokens:
         raise InputError(
-            f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at least that many, or a smaller `window`."
+            f"`batch_tokens` is {batch_tokens:,}, but one window has {longest:,} tokens; give at "
+            "least that many, or a smaller `window`."
         )
-    way, pad = (-1 if direction == "forward" else 1), sides[0].pad_id
-    for i in range(0, len(windows), batch_tokens // longest):
-        documents, firsts, starts, ids = zip(*windows[i : i + batch_tokens // longest])
-        T = max(map(len, ids))
-        padded = torch.tensor([row + [pad] * (T - len(row)) for row in ids])  # (B, T)
-        mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row in ids])
+
+
+def _score_windows(
+    comparison: Comparison, windows: list[_Window], batch_tokens: int, clock: Clock
+) -> Iterator[pd.DataFrame]:
+    "Rows of every token, one frame per batch of windows."
+    size = batch_tokens // max(len(o.start) + len(o.ids) for o in windows)
+    for i in range(0, len(windows), size):
+        batch = windows[i : i + size]
         with memory_errors(batch_tokens):
-            scores = score_completions(
-                sides[::way],
-                (starts, starts),
-                padded,
-                mask,
-                width,
-                divergence=divergence,
-                alpha=alpha,
-                seconds=seconds,
-                tops=True,
-            )
-        policy, reference = (scores.first_logprobs, scores.second_logprobs)[::way]
-        keep = mask.bool()
-        where = torch.arange(len(ids))[:, None].expand_as(padded)[keep].numpy()
-        rows = pd.DataFrame(
-            dict(
-                document=np.array(documents)[where],
-                position=(torch.tensor(firsts)[:, None] + torch.arange(T))[keep],
-                token_id=padded[keep],
-                step=scores.step[keep],
-                policy_logprob=policy[keep],
-                ref_logprob=reference[keep],
-                same_top=scores.same_top[keep],
-            )
-        )
+            rows = _scored_rows(comparison, batch, clock)
         for role, column in (("policy", "policy_logprob"), ("reference", "ref_logprob")):
             if rows[column].isna().any():
                 bad = rows[rows[column].isna()].iloc[0]
                 raise InputError(
-                    f"the {role} gives NaN logits in document {bad.document + 1:.0f}, token {bad.position + 1:.0f}; its weights or its "
-                    "number format are broken. Try `dtype` float32, or another checkpoint."
+                    f"the {role} gives NaN logits in document {bad.document + 1:.0f}, token "
+                    f"{bad.position + 1:.0f}; its weights or its number format are broken. Try "
+                    "`dtype` float32, or another checkpoint."
                 )
         yield rows
+
+
+def _scored_rows(comparison: Comparison, batch: list[_Window], clock: Clock) -> pd.DataFrame:
+    T, pad = max(len(o.ids) for o in batch), comparison.first.side.pad_id
+    ids = torch.tensor([o.ids + [pad] * (T - len(o.ids)) for o in batch])  # (B, T)
+    mask = torch.tensor([[1] * len(o.ids) + [0] * (T - len(o.ids)) for o in batch])
+    starts = [o.start for o in batch]
+    completions = Completions(dict(policy=starts, reference=starts), ids, mask)
+    scores = score_completions(comparison, completions, clock, tops=True)
+    keep = mask.bool()
+    where = torch.arange(len(batch))[:, None].expand_as(ids)[keep].numpy()
+    firsts = torch.tensor([o.first for o in batch])[:, None]
+    return pd.DataFrame(
+        dict(
+            document=np.array([o.document for o in batch])[where],
+            position=(firsts + torch.arange(T))[keep],
+            token_id=ids[keep],
+            step=scores.step[keep],
+            policy_logprob=scores.logprobs["policy"][keep],
+            ref_logprob=scores.logprobs["reference"][keep],
+            same_top=scores.same_top[keep],
+        )
+    )
 
 
 def _around(
@@ -329,27 +337,28 @@ def _around(
 
 # %% ../../nbs/compare/49_text.ipynb #87d723f9
 def measure_text(
-    policy: str
-    | Path
-    | PreTrainedModel,  # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
-    reference: str | Path | PreTrainedModel,  # the same
+    policy: Model,  # Hub id, folder, GGUF file, BASE+ADAPTER, "pocket", or a loaded model
+    reference: Model,  # what it is compared with, named in the same ways
     text: str | Path | list,  # file, Hub data set, "-", or list of documents; see `read_documents`
     *,
-    column: str | None = None,  # of files with columns; None: "prompt" or "text"
+    column: str | None = None,  # column of the texts in a table; None: "prompt" or "text"
     window: int = 512,  # tokens that are read at a time, at most the context; as in llama.cpp
-    direction: str = "reverse",  # "reverse" KL(policy || reference), or "forward", as in llama.cpp when the policy is quantised
-    divergence: str = "kl",  # a key of `klrb.steps.DIVERGENCES`
+    direction: str = "reverse",  # "reverse" KL(policy || reference), or "forward", as in llama.cpp
+    divergence: str = "kl",  # key of `klrb.steps.DIVERGENCES`
     alpha: float = 0.5,  # order of the "alpha" divergence
     tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
-    dtype: str = "float32",  # of the weights; see `load_named`
+    dtype: str = "float32",  # number format of the weights; see `load_model`
     device: str = "auto",  # CUDA, MPS or CPU, whichever is there
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
     batch_tokens: int = 4096,  # tokens at a time: bounds the memory; ours
-    seed: int = 0,  # of the bootstrap
+    seed: int = 0,  # seed of the bootstrap
     save: str | Path | None = None,  # folder for tables
     progress: bool | None = None,  # progress bar; None: in a terminal
 ) -> TextMeasurement:
-    "Divergence of two models' next tokens at every position of a text, with intervals over documents. Raises `ValueError` on bad input."
+    """Divergence of two models' next tokens at every position of a text.
+
+    Intervals are over documents. Raises `ValueError` on bad input.
+    """
     given = dict(locals())
     check_arguments(given)
     divergence, direction = resolve_divergence(divergence, direction)
@@ -389,67 +398,67 @@ def measure_text(
 def _measure_windows(
     sides: tuple[Side, Side], documents: list, s: dict, save, hide_bar: bool
 ) -> TextMeasurement:
-    began, seconds, status, rows = monotonic(), dict(forward=0.0, estimation=0.0), "complete", []
-    width = common_width(*sides)
-    _check_ids(documents, width)
-    windows = _windows(documents, sides[0].tokenizer, s["window"])
-    for side in sides:
-        check_ids(side, [start + ids for *_, start, ids in windows], "window")
-    if not windows:
-        raise InputError("`text` has no tokens to score; give a longer text.")
-    about = dict(
-        settings=s,
-        notes=_text_notes(documents, tuple(o.tokenizer for o in sides)),
-        **describe(sides),
-    )
+    began, clock, rows, status = monotonic(), Clock(), [], "complete"
+    comparison = _comparison(sides, s)
+    windows = _checked_windows(sides, documents, s)
+    tokenizers = tuple(o.tokenizer for o in sides)
+    about = dict(settings=s, notes=_text_notes(documents, tokenizers), **describe(sides))
     saver = None if save is None else Saver(save, about, "tokens")
-    first, second = (
-        ("reference", "policy") if s["direction"] == "forward" else ("policy", "reference")
-    )
-    label = f"{'KL' if s['divergence'] == 'kl' else s['divergence']}({first} || {second})"
+    roles = " || ".join(o.role for o in comparison.parties)
+    label = f"{'KL' if s['divergence'] == 'kl' else s['divergence']}({roles})"
     with tqdm(total=len(windows), unit=" windows", disable=hide_bar) as bar:
         try:
-            batches = _score_windows(
-                sides,
-                windows,
-                width,
-                s["batch_tokens"],
-                *(s[o] for o in ("direction", "divergence", "alpha")),
-                seconds,
-            )
-            for frame in batches:
+            for frame in _score_windows(comparison, windows, s["batch_tokens"], clock):
                 rows.append(frame)
                 bar.update(int((frame.position.diff() != 1).sum()))
                 bar.set_postfix_str(f"{np.mean([o.step.mean() for o in rows]):.4g}")
                 if saver:
-                    saver.add(frame, lambda: dict(label=label, tokens=sum(map(len, rows))))
+                    saver.waiting.append(frame)
+                    if saver.due:
+                        saver.flush()
+                        saver.status("partial", dict(label=label, tokens=sum(map(len, rows))))
         except KeyboardInterrupt:
             if not rows:
                 raise
             status = "interrupted"
     tokens = pd.concat(rows, ignore_index=True)
+    seconds = dict(forward=clock.forward, estimation=clock.estimation, total=monotonic() - began)
     found = TextMeasurement(
         text_statistics(tokens, s["seed"]),
         tokens,
         label,
         about,
         status,
-        seconds | dict(total=monotonic() - began),
-        _around(tokens, sides[0].tokenizer),
+        seconds,
+        _around(tokens, tokenizers[0]),
     )
     if saver:
-
-        def shown():
-            return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
-
-        results = {k: v for k, v in found.to_json().items() if k not in about}
-        try:
-            finish_saving(saver, status, results, dict(statistics=found.statistics), {}, shown)
-        except (
-            Exception,
-            KeyboardInterrupt,
-        ) as error:  # the numbers exist; whatever happens to the files must not lose them
-            warnings.warn(
-                f"saving to {str(saver.out)!r} failed ({type(error).__name__}: {error}); the result is returned."
-            )
+        _finish(saver, found)
     return found
+
+
+def _comparison(sides: tuple[Side, Side], s: dict) -> Comparison:
+    policy, reference = (Party(o, side) for o, side in zip(("policy", "reference"), sides))
+    found = Comparison(policy, reference, s["divergence"], s["alpha"])
+    return found.swapped() if s["direction"] == "forward" else found
+
+
+def _checked_windows(sides: tuple[Side, Side], documents: list, s: dict) -> list[_Window]:
+    for side in sides:
+        given = [[] if isinstance(o, str) else o for o in documents]
+        check_ids(side, given, "document")
+    windows = _windows(documents, sides[0].tokenizer, s["window"])
+    for side in sides:
+        check_ids(side, [o.start + o.ids for o in windows], "window")
+    _check_window(windows, s["batch_tokens"])
+    return windows
+
+
+def _finish(saver: Saver, found: TextMeasurement) -> None:
+    def shown():
+        return "".join(heatmap_html(o["prompt"], o["tokens"], o["step"]) for o in found.largest)
+
+    results = {k: v for k, v in found.to_json().items() if k not in found.about}
+    with result_is_kept(saver.out):
+        tables = dict(statistics=found.statistics)
+        finish_saving(saver, found.status, results, tables, {}, shown)
