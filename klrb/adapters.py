@@ -41,7 +41,7 @@ KINDS = frozenset(
         "HIRA",
         "HRA",
         "IA3",
-            "LN_TUNING",
+        "LN_TUNING",
         "LOHA",
         "LOKR",
         "LORA",

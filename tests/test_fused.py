@@ -1,15 +1,16 @@
-"""The kernels: against float64 automatic differentiation of the textbook form, eager and compiled, and the figures of their accuracy."""
+"""The kernels against float64 automatic differentiation of the textbook form."""
 
-import math, warnings
+import math
+import warnings
 
 import pytest
 import torch
+from rounding import FUNCTION, agree, assert_within, exact_step_kl, gamma, step_kl_error, unit
 from torch.testing import assert_close
 
 from klrb import fused, steps
 from klrb.fused import LMHead, linear_step_kl
 from klrb.steps import step_kl
-from rounding import FUNCTION, agree, assert_within, exact_step_kl, gamma, step_kl_error, unit
 
 INF = math.inf
 
@@ -46,7 +47,7 @@ def distant_pair(true_kl, rows=6, vocab_size=49152, seed=0):
 def test_float32_keeps_its_digits(true_kl, limit):
     """The float32 logits are exact: value and both gradients against float64 from the same logits.
 
-    `limit` is what the notebook promises for a vocabulary of 49,152, some 20 times what any CPU capability gave.
+    `limit` is what the notebook promises for a vocabulary of 49,152, 20 times what a CPU gave.
     """
     a, b = distant_pair(true_kl)
     within, errors = exact_step_kl(a, b), step_kl_error(a, b, torch.float32)
@@ -64,7 +65,7 @@ def test_float32_keeps_its_digits(true_kl, limit):
 
 @pytest.mark.parametrize("true_kl,limit", [(1e-6, 1e-3), (1e-2, 1e-5)])
 def test_a_constant_between_the_models_is_removed(true_kl, limit):
-    "Logits that differ by a constant are the same distribution; float32 differences near 40 have an error of 2e-6, no more may be lost."
+    "Logits that differ by a constant are one distribution; float32 loses 2e-6 near 40, no more."
     a, b = distant_pair(true_kl)
     a = a + 40
     truth = textbook(a, b)[0]
@@ -143,7 +144,10 @@ def test_second_derivatives_are_refused(function):
 def case(shape=(2, 3), hidden=(5, 4), vocab_size=13, seed=0, dtype=torch.float64, bias=True):
     "Hidden states, weight and bias of two models, and tokens."
     gen = generator(seed)
-    randn = lambda *o: torch.randn(*o, generator=gen, dtype=torch.float64).to(dtype)
+
+    def randn(*o):
+        return torch.randn(*o, generator=gen, dtype=torch.float64).to(dtype)
+
     out = []
     for h in hidden:
         out += [randn(*shape, h), randn(vocab_size, h), randn(vocab_size) if bias else None]
@@ -161,8 +165,13 @@ def naive(inputs, ids, scales=((1.0, None), (1.0, None)), temperature=1.0, mask=
         logs.append((z / temperature).log_softmax(-1))
     logp, logq = logs
     p, finite = logp.exp(), logp > -INF
-    at = lambda o: o.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
-    safe = lambda o: torch.where(finite, o, 0.0)
+
+    def at(o):
+        return o.gather(-1, ids.clamp(min=0)[..., None])[..., 0]
+
+    def safe(o):
+        return torch.where(finite, o, 0.0)
+
     out = [
         (p * (safe(logp) - torch.where(finite, logq, 0.0))).sum(-1),
         at(logp),
@@ -199,9 +208,9 @@ def same_values_and_gradients(inputs, ids, completion_mask=None, **kwargs):
 
 
 def rounding_of_heads(inputs, ids, weights):
-    """What float32 sums may do to the four outputs and to the gradients of `inputs`, from products of H terms up.
+    """What float32 sums may do to the outputs and the gradients of `inputs`, from products up.
 
-    First the logits, then each output and its gradient in the logits, then the products with hidden states and weights.
+    First the logits, then each output and its gradient in the logits, then the products.
     """
     inputs = [o if o is None else o.detach().double() for o in inputs]
     logits, logits_error = [], []
@@ -220,7 +229,10 @@ def rounding_of_heads(inputs, ids, weights):
         element = error + u * ((z - z.amax(-1, True)).abs() + FUNCTION)
         relative.append(element + (prob * element).sum(-1, True) + sums + u * z.abs())
     for z, error, logs, rel in zip(logits, logits_error, (logp, logq), relative):
-        at = lambda o: o.gather(-1, ids[..., None])[..., 0]
+
+        def at(o):
+            return o.gather(-1, ids[..., None])[..., 0]
+
         outputs.append(at(error + rel + u * (z.abs() + logs.abs())))
     surprise = (logp + entropy).abs()
     outputs.append(
@@ -338,7 +350,10 @@ def test_gradients_only_where_they_are_wanted(needed):
     for i in needed:
         inputs[i].requires_grad_()
     chosen = [inputs[i] for i in needed]
-    total = lambda out: sum((k + 1) * o.sum() for k, o in enumerate(out))
+
+    def total(out):
+        return sum((k + 1) * o.sum() for k, o in enumerate(out))
+
     agree(
         torch.autograd.grad(total(ours(inputs, ids)), chosen),
         torch.autograd.grad(total(naive(inputs, ids)), chosen),
@@ -359,7 +374,10 @@ def test_one_tied_head_strides_and_an_empty_batch():
         weight,
         None,
     ]
-    total = lambda out: sum(o.sum() for o in out)
+
+    def total(out):
+        return sum(o.sum() for o in out)
+
     agree(
         torch.autograd.grad(total(ours(tied, ids)), weight),
         torch.autograd.grad(total(naive(tied, ids)), weight),
@@ -412,7 +430,7 @@ def test_autocast_does_not_round_the_logits():
 
 
 def test_reference_close_to_the_policy():
-    "The sum over tiles keeps the digits of a small KL: the logits are float64, so that the sums could lose them."
+    "The sum over tiles keeps the digits of a small KL; the logits are float64."
     h, w = (
         torch.randn(1, 4, 6, generator=generator(), dtype=torch.float64),
         torch.randn(500, 6, generator=generator(1), dtype=torch.float64),
@@ -438,7 +456,10 @@ def test_logits_are_kept_only_where_they_are_few(monkeypatch, keep_up_to, number
     (*policy, _), ids = case()[0][:3], case()[1]
     h, w = (o.requires_grad_() for o in policy)
     h2, w2 = case(seed=1)[0][:2]
-    run = lambda: linear_step_kl(h, LMHead(w, softcap=2.0), h2, w2, ids).step_kl.sum()
+
+    def run():
+        return linear_step_kl(h, LMHead(w, softcap=2.0), h2, w2, ids).step_kl.sum()
+
     expected, saved = torch.autograd.grad(run(), (h, w)), []
     monkeypatch.setattr(fused, "KEEP_UP_TO", keep_up_to)
     with torch.autograd.graph.saved_tensors_hooks(lambda o: saved.append(o) or o, lambda o: o):

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rounding import FUNCTION, agree, assert_within, exact_step_kl, gamma, step_kl_error, unit
 
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl, exact_moments
 from klrb.steps import (
@@ -20,7 +22,6 @@ from klrb.steps import (
     step_kl_topk,
     topk_tail,
 )
-from rounding import FUNCTION, agree, assert_within, exact_step_kl, gamma, step_kl_error, unit
 
 INF = math.inf
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -93,7 +94,7 @@ def test_gradient_is_autograd_of_the_textbook_form(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_more_rows_than_one_chunk(dtype):
-    "Large batches are worked through in pieces: values and gradients must not know; one row has an excluded token."
+    "Large batches are worked through in pieces: values and gradients must not know."
     a, b = logits(3, 250, 900, seed=5)
     a[1, 7, 3] = -INF
     weights = torch.randn(3, 250, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
@@ -196,7 +197,7 @@ def test_divergences_against_generator_and_limits(pattern, name, alpha):
 
 
 def divergence_error(name, policy_logits, ref_logits):
-    "What float32 may do to a divergence of close models: the log-ratio is off by `slip`, and half f'' q d^2 with it."
+    "What float32 may do to a divergence of close models: the log-ratio is off by `slip`."
     u, (a, b) = unit(torch.float32), (policy_logits.double(), ref_logits.double())
     logs = [o.log_softmax(-1) for o in (a, b)]
     of_logsumexp = [
@@ -340,10 +341,13 @@ def test_sampled_estimators():
         -1,
     ):  # both branches and the joint between them; the float64 oracle loses digits below 1e-3
         value = k3(-sign * x[None], torch.zeros_like(x)[None])[0]
-        series = lambda y: torch.tensor(
-            [math.fsum(o**k / math.factorial(k) for k in range(2, 60)) for o in y.tolist()],
-            dtype=torch.float64,
-        )
+
+        def series(y):
+            return torch.tensor(
+                [math.fsum(o**k / math.factorial(k) for k in range(2, 60)) for o in y.tolist()],
+                dtype=torch.float64,
+            )
+
         size = torch.where(
             x < 0.0625, series(x), torch.expm1(x) + x
         )  # what is added and subtracted
@@ -360,7 +364,10 @@ def test_step_values_are_unbiased(vocab_size, max_length, seed):
         TabularLM(vocab_size, max_length, seed=seed + 1000),
     )
     exact = exact_kl(policy, reference).item()
-    total = lambda f: exact_moments(lambda r: (f(r) * r.mask).sum(-1), policy, reference).mean
+
+    def total(f):
+        return exact_moments(lambda r: (f(r) * r.mask).sum(-1), policy, reference).mean
+
     agree(total(lambda r: step_kl(r.policy_logits, r.ref_logits)), exact, size=10)
     agree(total(lambda r: k1(r.policy_logprobs, r.ref_logprobs)), exact, size=10)
     agree(total(lambda r: k3(r.policy_logprobs, r.ref_logprobs)), exact, size=10)

@@ -1,4 +1,4 @@
-"""The whole update: bias and trace by enumeration, special cases, fitted coefficients, and what a trainer may throw at it."""
+"""The whole update: bias and trace by enumeration, special cases, fits, bad input."""
 
 import itertools
 import math
@@ -293,7 +293,7 @@ def test_a_token_that_the_policy_excludes_now():
         update_surrogate(*arguments, old_logprobs=x["old"], baseline=None, prompt_ids=x["prompts"]),
     )
     assert found.isfinite().all()
-    # the whole-sequence parts of that rollout have ratio 0; the exact KL of its first three steps remains
+    # its whole-sequence parts have ratio 0; the exact KL of its first three steps remains
     kl = kl_surrogate("rb", lp, x["lq"], x["mask"], x["step"], x["old"], None)
     assert_close(found[0], 0.3 * gradient(x, kl)[0])
 
@@ -372,7 +372,7 @@ def fit_to(statistics, beta, **kwargs):
 
 
 def bias_of_fits(seed, beta):
-    "Relative bias of the mean update with coefficients of three sources, over all 4**4 groups of two prompts x two."
+    "Relative bias of the mean update, coefficients of three sources, over all 4**4 groups."
     policy, reference, _, reward = problem(1, 3, seed)
     strings = enumerate_rollouts(policy, reference)
     _, exact = exact_update(policy, reference, reward, beta)
@@ -504,7 +504,7 @@ def test_statistics_against_loops():
 
 
 def test_fit_finds_coefficients_that_were_put_in():
-    "Rewards that are a known combination: the fit returns it, whatever the decay, and zero before the first batch."
+    "Rewards that are a known combination: the fit returns it; zero before the first batch."
     x = rollouts(8)
     fit = CoefficientFit(prior_rollouts=0.0)
     assert fit.coefficients(0.5) == UpdateCoefficients(0.0, 0.0)
@@ -550,7 +550,7 @@ def test_decay_and_state():
 
 
 def test_no_signal_gives_mc():
-    "At the reference there is nothing to fit: beta, not a large number that the next batch would be multiplied by."
+    "At the reference there is nothing to fit: beta, and no large number for the next batch."
     x = rollouts(9)
     for noise in (0.0, 1e-8):
         y = x | dict(
