@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 from . import __version__
@@ -230,7 +231,7 @@ def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
 
         rows = status(out)
         width = max((len(row["key"]) for row in rows), default=0)
-        for row in sorted(rows, key=lambda o: o["state"]):
+        for row in sorted(rows, key=itemgetter("state")):
             reached = f"update {row['update']}" if row["update"] is not None else ""
             what = f"{row['key']:{width}}  {row['state']:11}  {reached:12}"
             typer.echo(f"{what} {row['seconds']:7.0f} s  {row['reason']}".rstrip())
