@@ -73,25 +73,11 @@ def _say(line: str) -> None:
     typer.echo(f"klrb: {line}", err=True)
 
 # %% ../nbs/sweeps/66_cli.ipynb #7b1d0003
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOLCK,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENODEV,
-}
+_REFUSALS = """
+    EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG ENOTDIR EISDIR EEXIST ELOOP EIO ESTALE
+    ENOLCK EMFILE ENFILE ENODEV
+"""
+_REFUSALS = {getattr(errno, name) for name in _REFUSALS.split()}
 _NO_MEMORY = (
     "out of memory; lower --batch-tokens or the number of workers, "
     "or choose a smaller model or dtype."
