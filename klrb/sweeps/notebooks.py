@@ -34,7 +34,6 @@ from ..rlhf.profiles import PROFILES, Profile, to_toml
 from klrb.sweeps.parameters import (
     FOLDERS,
     Template,
-    read_template,
     read_value,
     recorded_defaults,
     short,
@@ -409,7 +408,9 @@ def _attempt(
 
 
 def _start(run: Run) -> None:
-    if code_digest(read_template(run.notebook).source) != run.facts["code"]:
+    cells = json.loads(run.notebook.read_bytes())["cells"]
+    source = "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
+    if code_digest(source) != run.facts["code"]:
         raise StateError(
             "the code of klrb here is not that of the sweep; it was edited, "
             "or this machine has another version"

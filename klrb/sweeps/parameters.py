@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, InstanceOf, PydanticUserError, TypeAdapter
 from ..errors import InputError, MissingFileError
 
 # %% auto #0
-__all__ = ['FOLDERS', 'Parameter', 'read_parameters', 'Template', 'read_template', 'read_value', 'short', 'recorded_defaults',
+__all__ = ['FOLDERS', 'Parameter', 'read_parameters', 'short', 'Template', 'read_template', 'read_value', 'recorded_defaults',
            'read_grid', 'read_values', 'parse_grid']
 
 # %% ../../nbs/sweeps/61_parameters.ipynb #9fc5f473
@@ -96,6 +96,13 @@ def _readers(source: str) -> dict[str, str]:
         names = [o.id for o in ast.walk(value) if _is_name(o, ast.Load)] if value else []
         readers |= dict.fromkeys(names, ast.unparse(line).splitlines()[0])
     return readers
+
+
+def short(
+    text: str,  # of any length
+) -> str:  # at most 61 characters
+    "The beginning of a text, for a message."
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 # %% ../../nbs/sweeps/61_parameters.ipynb #5b0c1a03
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def _literal_or_text(text: str):
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return text
 
-
+# %% ../../nbs/sweeps/61_parameters.ipynb #72a00014
 def _plain(value):
     "`value`, if JSON holds it. Raises `ValueError` otherwise."
     if type(value).__module__ == "numpy":
@@ -288,13 +295,6 @@ def read_value(
         "cannot set; annotate int, float, str, bool, or a tuple, list or dict of these."
     )
 
-
-def short(
-    text: str,  # of any length
-) -> str:  # at most 61 characters
-    "The beginning of a text, for a message."
-    return text if len(text) <= 60 else f"{text[:60]}…"
-
 # %% ../../nbs/sweeps/61_parameters.ipynb #5b0c1a0c
 def recorded_defaults(
     template: Template,  # the notebook
@@ -333,7 +333,7 @@ def read_grid(
         grid = {"seed": [read_value(template, "seed", seed) for seed in range(seeds)]} | grid
     return [dict(zip(grid, values)) for values in product(*grid.values())]
 
-
+# %% ../../nbs/sweeps/61_parameters.ipynb #72a00016
 def read_values(
     template: Template,  # the notebook
     grid: dict[str, list],  # parameter name to its values

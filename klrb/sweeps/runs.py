@@ -130,7 +130,7 @@ def read_json(
         return None
     return value if isinstance(value, dict) else None
 
-
+# %% ../../nbs/sweeps/60_runs.ipynb #72a00002
 def read_record(
     folder: Path,  # of a run
 ) -> dict:  # empty when there is none, or none that can be read

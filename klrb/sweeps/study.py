@@ -91,7 +91,7 @@ def estimate_study(
         lines.append(f"  {what:26}{in_words(took):14}{why}".rstrip())
     return "\n".join(lines)
 
-
+# %% ../../nbs/sweeps/65_study.ipynb #72a00044
 def _asked(parameters: dict, profile: Profile, cells: list[dict]) -> bool:
     mine = parameters.get("profile") == profile.name
     return mine and any(cell.items() <= parameters.items() for cell in cells)
@@ -136,7 +136,7 @@ def execute_study(
     print(f"figures and tables are in {out / 'report'} and {runs[0].folder}", flush=True)
     return seconds
 
-
+# %% ../../nbs/sweeps/65_study.ipynb #72a00042
 def _write_stages(out: Path, seconds: dict[str, float]) -> None:
     kilobytes = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of the largest process
     peak = kilobytes / 2**20

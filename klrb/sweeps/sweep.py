@@ -373,7 +373,7 @@ def render(
     print(f"{len(done)} of {len(rows)} runs are finished{partial}")
     return folder
 
-
+# %% ../../nbs/sweeps/64_sweep.ipynb #72a00032
 def _write_table(path: Path, out: Path, rows: list[dict]) -> None:
     table = []
     for row in rows:
