@@ -113,7 +113,7 @@ def _unpadded(ids, mask):
 def sample_pairs(
     reference: PreTrainedModel,  # writes the completions
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of the reference
-    prompts: list[str],  # to complete
+    prompts: list[str],  # prompts to complete
     reward: Callable,  # (completions, prompts) to list of floats
     profile: Profile,  # completions per prompt, lengths, temperature, number of pairs
     seed: int = 0,  # seed of the selection of pairs; completions use torch's global generator
@@ -178,7 +178,7 @@ class TokenizedDPOTrainer(DPOTrainer):
 def train_dpo(
     reference: PreTrainedModel,  # start of the policy and reference of the loss; left unchanged
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of both models
-    pairs: Dataset,  # from `sample_pairs`
+    pairs: Dataset,  # ranked pairs from `sample_pairs`
     profile: Profile,  # its `dpo_*` settings
     out_dir: str | Path,  # folder for the trainer's own files
     seed: int = 0,  # seed of the order of the pairs

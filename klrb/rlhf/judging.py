@@ -25,7 +25,7 @@ __all__ = ['evaluate_policy', 'summarize_evaluation']
 # %% ../../nbs/rlhf/57_judging.ipynb #dbdf1ab7
 @torch.no_grad()
 def evaluate_policy(
-    policy: PreTrainedModel,  # to judge
+    policy: PreTrainedModel,  # policy to judge
     reference: PreTrainedModel,  # KL is measured to it
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of both models
     prompts: Dataset,  # columns `prompt` and `label`
@@ -101,7 +101,7 @@ def evaluate_policy(
 
 # %% ../../nbs/rlhf/57_judging.ipynb #bbf57d3f
 def summarize_evaluation(
-    frame: pd.DataFrame,  # from `evaluate_policy`
+    frame: pd.DataFrame,  # rollouts from `evaluate_policy`
     beta: float,  # KL weight of the objective
 ) -> dict[str, float]:  # see below; each with its `_stderr`
     """Means over rollouts with standard errors clustered by prompt.

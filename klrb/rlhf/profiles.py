@@ -264,8 +264,8 @@ def _typed(path: Path, key: str, value, like):
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #96e3d1fb
 def to_toml(
-    profile: Profile,  # from `get_profile`
-) -> str:  # for a file whose stem is the profile's name
+    profile: Profile,  # profile from `get_profile`
+) -> str:  # text for a file whose stem is the profile's name
     "All settings of a profile as TOML that `get_profile` reads."
     settings = {
         key: list(o) if isinstance(o, tuple) else o
@@ -369,7 +369,7 @@ DOWNLOADS: dict[str, int] = {
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #5e4f10aa
 def hub_names(
-    profile: Profile,  # from `get_profile`
+    profile: Profile,  # profile from `get_profile`
 ) -> dict[str, str]:  # Hub id, with its revision, to "model" or "dataset"
     "What a profile reads from the Hub: names of the form owner/name that are no local path."
     named = {profile.model: "model", profile.reward: "model", profile.reviews: "dataset"}
@@ -387,7 +387,7 @@ def _size(name: str) -> str:
 
 
 def check_downloads(
-    profile: Profile,  # from `get_profile`
+    profile: Profile,  # profile from `get_profile`
 ) -> None:
     """Fetch what a profile reads from the Hub.
 
@@ -424,7 +424,7 @@ def check_downloads(
 
 # %% ../../nbs/rlhf/51_profiles.ipynb #96763805
 def describe_profile(
-    profile: Profile,  # from `get_profile`
+    profile: Profile,  # profile from `get_profile`
 ) -> str:  # one line
     "Size, expected time and downloads of a profile's study."
     runs = len(profile.estimators) * len(profile.betas) * profile.seeds

@@ -21,7 +21,7 @@ __all__ = ['SPLITS', 'clean_text', 'load_reviews', 'split_reviews', 'make_prompt
 # %% ../../nbs/rlhf/52_reviews.ipynb #1705646c
 def clean_text(
     text: pd.Series,  # raw reviews
-) -> pd.Series:  # the same without HTML line breaks, white space normalised
+) -> pd.Series:  # texts without HTML line breaks, white space normalised
     "Replace HTML line breaks and runs of white space by single spaces."
     return text.str.replace(r"(?:<br\s*/?>|\s)+", " ", regex=True).str.strip()
 
@@ -107,8 +107,8 @@ SPLITS: dict[str, float] = dict(
 
 
 def split_reviews(
-    reviews: Dataset,  # from `load_reviews`
-    seed: int = 0,  # of the one permutation; every profile uses the same
+    reviews: Dataset,  # reviews from `load_reviews`
+    seed: int = 0,  # seed of the one permutation; every profile uses the same
 ) -> dict[str, Dataset]:  # one data set per name in `SPLITS`
     """Cut the reviews into disjoint random splits.
 
@@ -126,10 +126,10 @@ def split_reviews(
 # %% ../../nbs/rlhf/52_reviews.ipynb #e56f448d
 def make_prompts(
     reviews: Dataset,  # one split
-    tokenizer: PreTrainedTokenizerBase,  # of the policy
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of the policy
     num_prompts: int,  # how many
     prompt_tokens: tuple[int, int] = (2, 8),  # shortest and longest, special tokens not counted
-    seed: int = 0,  # of the lengths
+    seed: int = 0,  # seed of the lengths
 ) -> Dataset:  # columns `prompt` (text) and `label`
     """The first few tokens of each review, as text that tokenises back to the same ids.
 

@@ -116,7 +116,7 @@ def reward_accuracy(
 
 # %% ../../nbs/rlhf/53_reward.ipynb #74f2df85
 def save_tfidf_reward(
-    reward: TfidfReward,  # to save
+    reward: TfidfReward,  # reward to save
     folder: str | Path,  # made when missing
 ) -> None:
     "Write `terms.json` and `weights.safetensors`."
@@ -133,7 +133,7 @@ def save_tfidf_reward(
 
 def load_tfidf_reward(
     folder: str | Path,  # written by `save_tfidf_reward`
-) -> TfidfReward:  # the same reward
+) -> TfidfReward:  # the reward that was saved
     "Read a reward back. Raises `FileNotFoundError` when the folder holds none."
     folder = Path(folder)
     if not (folder / "weights.safetensors").is_file():
@@ -222,11 +222,12 @@ class SequenceClassifierReward:
 def train_classifier_reward(
     reviews: Dataset,  # columns `text` and `label`: the reward_train split
     encoder: str | Path,  # folder of an encoder with its tokenizer, such as MiniLM's
-    folder: str | Path,  # for the classifier, in the format that `SequenceClassifierReward` reads
+    folder: str
+    | Path,  # folder of the classifier, in the format that `SequenceClassifierReward` reads
     num_reviews: int = 2400,  # ours: ten minutes on one core
     max_tokens: int = 160,  # ours: the last ones are kept, here and by the reward
     learning_rate: float = 1e-4,  # ours
-    seed: int = 0,  # of the head and of the order
+    seed: int = 0,  # seed of the head and of the order
 ) -> SequenceClassifierReward:  # the trained reward
     "Fine-tune a sequence classifier in one epoch. Raises `ValueError` when a label is missing."
     reviews = reviews.select(range(min(num_reviews, len(reviews))))
@@ -271,8 +272,8 @@ def train_classifier_reward(
 def train_reward(
     name: str,  # the profile's `reward`: "tfidf", "minilm-imdb", a local folder or a Hub id
     reviews: Dataset,  # the reward_train split
-    folder: str | Path,  # for a reward that is trained; nothing is written for one that exists
-    seed: int = 0,  # of the classifier's training
+    folder: str | Path,  # folder of a reward that is trained; one that exists writes nothing
+    seed: int = 0,  # seed of the classifier's training
 ) -> TfidfReward | SequenceClassifierReward:  # what `load_reward` returns afterwards
     """Train a reward if its name asks for it.
 

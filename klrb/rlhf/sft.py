@@ -25,7 +25,7 @@ __all__ = ['beginnings', 'text_logprobs', 'perplexity', 'train_sft']
 # %% ../../nbs/rlhf/54_sft.ipynb #2e51925d
 def beginnings(
     texts: list[str],  # reviews
-    tokenizer: PreTrainedTokenizerBase,  # of the model
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of the model
     max_tokens: int,  # at which a review is cut
 ) -> list[list[int]]:  # token ids of each, with whatever the tokenizer puts in front
     "The first tokens of each text, and end of text after those that are complete."
@@ -36,7 +36,7 @@ def beginnings(
 # %% ../../nbs/rlhf/54_sft.ipynb #db944196
 @torch.no_grad()
 def text_logprobs(
-    model: PreTrainedModel,  # in evaluation mode
+    model: PreTrainedModel,  # a model in evaluation mode
     token_ids: list[list[int]],  # texts, at least one token each
     batch_size: int = 16,  # texts per forward pass; bounds the memory
 ) -> tuple[Tensor, Tensor]:  # log-probability in nats and number of predicted tokens, (N,) each
@@ -56,7 +56,7 @@ def text_logprobs(
 
 
 def perplexity(
-    logprobs: Tensor,  # of texts in nats, (N,)
+    logprobs: Tensor,  # log-probabilities of texts in nats, (N,)
     num_tokens: Tensor,  # how many tokens each is the sum of, (N,)
 ) -> float:  # eq. 1
     "Perplexity of a set of texts."
@@ -65,13 +65,13 @@ def perplexity(
 # %% ../../nbs/rlhf/54_sft.ipynb #788149b0
 def train_sft(
     base: PreTrainedModel,  # trained in place
-    tokenizer: PreTrainedTokenizerBase,  # of the model
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of the model
     texts: list[
         str
     ],  # reviews of the language-model split; as many are used as the updates read once
     profile: Profile,  # sft_* settings
-    out_dir: str | Path,  # for the trainer's own files
-    seed: int = 0,  # of the order
+    out_dir: str | Path,  # folder for the trainer's own files
+    seed: int = 0,  # seed of the order
 ) -> tuple[PreTrainedModel, list[dict]]:  # the model, in evaluation mode, and the trainer's log
     """Fine-tune a language model on beginnings of reviews.
 

@@ -226,7 +226,7 @@ def train_rloo(
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of both models
     prompts: Dataset,  # column `prompt`
     reward: Callable,  # (completions, prompts) to list of floats
-    config: RBRLOOConfig,  # from `rloo_config`
+    config: RBRLOOConfig,  # configuration from `rloo_config`
     metrics_path: str | Path,  # CSV, appended at every update
     resume: bool = False,  # go on from the newest complete checkpoint, if this run has one
     **tags,  # further columns of the CSV, for instance start="dpo"
