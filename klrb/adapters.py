@@ -67,7 +67,7 @@ KINDS = frozenset(
 
 
 def check_kind(
-    config: PeftConfig,  # of one adapter
+    config: PeftConfig,  # configuration of one adapter
 ) -> None:
     "Raise `InputError` when an adapter of this kind does its work outside the layers of its base."
     kind = getattr(config.peft_type, "value", str(config.peft_type))
@@ -106,7 +106,7 @@ def probe_ids(
 @torch.no_grad()
 def probe_logits(
     model: nn.Module,  # a causal language model, or a `PeftModel` around one
-    ids: Tensor,  # from `probe_ids`
+    ids: Tensor,  # what `probe_ids` gives
 ) -> Tensor:  # (1, T, V), at least float32
     "Logits of one bare pass."
     return model(input_ids=ids, use_cache=False).logits.float()
@@ -114,8 +114,8 @@ def probe_logits(
 
 def same_logits(
     ours: Tensor,  # logits before softmax, from `probe_logits`
-    theirs: Tensor,  # of another model or way
-    dtype: torch.dtype,  # of the weights
+    theirs: Tensor,  # logits of another model or way
+    dtype: torch.dtype,  # number format of the weights
 ) -> bool:  # up to rounding
     "Whether two ways of computing logits agree."
     allowed = 64 * torch.finfo(dtype).eps * theirs.abs().max()  # sums in another order
@@ -145,7 +145,7 @@ def _quiet() -> Iterator[None]:
 def attach_adapter(
     model: nn.Module,  # the base, which is changed in place
     folder: str,  # where PEFT's `save_pretrained` wrote the adapter, or a Hub id
-    name: str,  # of the adapter in the `PeftModel`
+    name: str,  # name of the adapter in the `PeftModel`
     peft: PeftModel | None = None,  # already around the base; None: none
 ) -> Attached:  # in evaluation mode, with `name` switched on
     """Put one more adapter on a base.
@@ -275,7 +275,7 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave t
 
 
 def check_active(
-    peft: PeftModel,  # with one adapter or more
+    peft: PeftModel,  # a model with one adapter or more
 ) -> None:
     """Raise `InputError` when an adapter that is switched on needs PEFT's own forward pass.
 
@@ -294,7 +294,7 @@ def check_active(
 
 
 def check_adapters(
-    peft: PeftModel,  # with one adapter or more, before or after training
+    peft: PeftModel,  # a model with one adapter or more, before or after training
 ) -> None:
     """Raise `InputError` unless adapters off is the base, and on needs nothing of PEFT's `forward`.
 

@@ -165,7 +165,7 @@ def _check_exists(name: str, path: Path) -> None:
 
 # %% ../nbs/compare/41_models.ipynb #7c1d20ab
 def one_line(
-    error: Exception,  # of a library below, of many lines
+    error: Exception,  # what a library below raised, in many lines
     limit: int = 500,  # characters kept; ours: a name, two sizes and what to do
 ) -> str:  # without line breaks
     "The text of an error, joined and cut at a word."
@@ -244,7 +244,7 @@ def load_model(
     name: str,  # preset, local folder, GGUF file or Hub id
     seed: int = 0,  # seed of the weights of "tiny-random"
     dtype: str = "float32",  # ours: half-precision logits have rounding of the size of small KLs
-    device: str = "cpu",  # see `pick_device`
+    device: str = "cpu",  # where it goes; see `pick_device`
     trust_remote_code: bool = False,  # run code that comes with the checkpoint
 ) -> PreTrainedModel:  # in evaluation mode, without dropout
     """Load a causal language model.
@@ -328,8 +328,8 @@ def weights_digest(
 
 # %% ../nbs/compare/41_models.ipynb #b3926d99
 def check_same_tokenizer(
-    policy_tokenizer: PreTrainedTokenizerBase,  # of the policy
-    ref_tokenizer: PreTrainedTokenizerBase,  # of the reference
+    policy_tokenizer: PreTrainedTokenizerBase,  # tokenizer of the policy
+    ref_tokenizer: PreTrainedTokenizerBase,  # tokenizer of the reference
     special: bool = True,  # texts must also begin and end with the same tokens
 ) -> None:
     "Raise `ValueError` with the first differences unless vocabulary and special ids are the same."
@@ -386,7 +386,7 @@ def _same_attention(text: PreTrainedConfig) -> int | None:
 
 
 def context_length(
-    config: PreTrainedConfig,  # of a model, nested or not
+    config: PreTrainedConfig,  # configuration of a model, nested or not
 ) -> int | None:  # positions that the language model can read; None: no limit is known
     "The context of a language model, whatever its configuration calls it."
     text = config.get_text_config(decoder=True)
@@ -416,7 +416,7 @@ def check_fits(
 def check_context(
     model: PreTrainedModel,  # policy or reference
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of the model
-    prompts: list[str],  # to be completed
+    prompts: list[str],  # texts to be completed
     max_completion_length: int,  # tokens to generate at the most
 ) -> None:
     "Raise `ValueError` unless every prompt and its completion fit the model's context."

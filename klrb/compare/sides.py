@@ -38,9 +38,9 @@ Model = str | Path | PreTrainedModel  # by name, see `load_pair`; or loaded
 class Side:
     "One of the two models that are compared, ready to run."
 
-    name: str  # as it was given
+    name: str  # the name as it was given
     model: PreTrainedModel  # the same object on both sides when they share weights
-    tokenizer: PreTrainedTokenizerBase  # of both sides
+    tokenizer: PreTrainedTokenizerBase  # what turns texts into token ids on this side
     peft: Any = None  # the `PeftModel` around `model`, if there is one
     adapter: str | None = None  # which of its adapters is on; None: none
 
@@ -89,9 +89,9 @@ class Side:
 def load_pair(
     policy: Model,  # name or loaded model
     reference: Model,  # name or loaded model
-    tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
-    dtype: str = "float32",  # see `load_model`
-    device: str = "auto",  # see `pick_device`
+    tokenizer: PreTrainedTokenizerBase | None = None,  # for loaded models; None: by name
+    dtype: str = "float32",  # number format of the weights; see `load_model`
+    device: str = "auto",  # where both go; see `pick_device`
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
 ) -> tuple[Side, Side]:  # policy and reference
     """Load both sides, sharing weights where they can be shared.
