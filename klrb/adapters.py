@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 # %% auto #0
-__all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'Attached', 'attach_adapter',
-           'check_active', 'check_adapters', 'evaluating', 'split_name']
+__all__ = ['KINDS', 'NOT_CAUSAL', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'Attached',
+           'attach_adapter', 'check_active', 'check_adapters', 'evaluating', 'split_name']
 
 # %% ../nbs/compare/43_adapters.ipynb #5673663a
 KINDS = frozenset(
@@ -41,7 +41,6 @@ KINDS = frozenset(
         "HIRA",
         "HRA",
         "IA3",
-        "LILY",
         "LN_TUNING",
         "LOHA",
         "LOKR",
@@ -66,6 +65,12 @@ KINDS = frozenset(
 )
 
 
+NOT_CAUSAL = dict(
+    LILY="which weighs its experts by a mean over all positions, later ones too, so that a model "
+    "with it gives no probabilities of a text",
+)
+
+
 def check_kind(
     config: PeftConfig,  # configuration of one adapter
 ) -> None:
@@ -75,6 +80,10 @@ def check_kind(
         raise InputError(
             f"the adapter is of type {kind}, which learns a prompt; only adapters inside the "
             "layers, such as LoRA, can be measured."
+        )
+    if kind in NOT_CAUSAL:
+        raise InputError(
+            f"the adapter is of type {kind}, {NOT_CAUSAL[kind]}; it cannot be measured."
         )
     if kind not in KINDS:
         raise InputError(
