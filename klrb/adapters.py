@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 # %% auto #0
-__all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'Attached', 'attach_adapter',
-           'check_active', 'check_adapters', 'evaluating', 'split_name']
+__all__ = ['KINDS', 'NOT_CAUSAL', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'Attached',
+           'attach_adapter', 'check_active', 'check_adapters', 'evaluating', 'split_name']
 
 # %% ../nbs/compare/43_adapters.ipynb #5673663a
 KINDS = frozenset(
@@ -65,8 +65,14 @@ KINDS = frozenset(
 )
 
 
+NOT_CAUSAL = dict(
+    LILY="which weighs its experts by a mean over all positions, later ones too, so that a model "
+    "with it gives no probabilities of a text",
+)
+
+
 def check_kind(
-    config: PeftConfig,  # of one adapter
+    config: PeftConfig,  # configuration of one adapter
 ) -> None:
     "Raise `InputError` when an adapter of this kind does its work outside the layers of its base."
     kind = getattr(config.peft_type, "value", str(config.peft_type))
@@ -74,6 +80,10 @@ def check_kind(
         raise InputError(
             f"the adapter is of type {kind}, which learns a prompt; only adapters inside the "
             "layers, such as LoRA, can be measured."
+        )
+    if kind in NOT_CAUSAL:
+        raise InputError(
+            f"the adapter is of type {kind}, {NOT_CAUSAL[kind]}; it cannot be measured."
         )
     if kind not in KINDS:
         raise InputError(
@@ -105,7 +115,7 @@ def probe_ids(
 @torch.no_grad()
 def probe_logits(
     model: nn.Module,  # a causal language model, or a `PeftModel` around one
-    ids: Tensor,  # from `probe_ids`
+    ids: Tensor,  # what `probe_ids` gives
 ) -> Tensor:  # (1, T, V), at least float32
     "Logits of one bare pass."
     return model(input_ids=ids, use_cache=False).logits.float()
@@ -113,8 +123,8 @@ def probe_logits(
 
 def same_logits(
     ours: Tensor,  # logits before softmax, from `probe_logits`
-    theirs: Tensor,  # of another model or way
-    dtype: torch.dtype,  # of the weights
+    theirs: Tensor,  # logits of another model or way
+    dtype: torch.dtype,  # number format of the weights
 ) -> bool:  # up to rounding
     "Whether two ways of computing logits agree."
     allowed = 64 * torch.finfo(dtype).eps * theirs.abs().max()  # sums in another order
@@ -144,7 +154,7 @@ def _quiet() -> Iterator[None]:
 def attach_adapter(
     model: nn.Module,  # the base, which is changed in place
     folder: str,  # where PEFT's `save_pretrained` wrote the adapter, or a Hub id
-    name: str,  # of the adapter in the `PeftModel`
+    name: str,  # name of the adapter in the `PeftModel`
     peft: PeftModel | None = None,  # already around the base; None: none
 ) -> Attached:  # in evaluation mode, with `name` switched on
     """Put one more adapter on a base.
@@ -274,7 +284,7 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave t
 
 
 def check_active(
-    peft: PeftModel,  # with one adapter or more
+    peft: PeftModel,  # a model with one adapter or more
 ) -> None:
     """Raise `InputError` when an adapter that is switched on needs PEFT's own forward pass.
 
@@ -293,7 +303,7 @@ def check_active(
 
 
 def check_adapters(
-    peft: PeftModel,  # with one adapter or more, before or after training
+    peft: PeftModel,  # a model with one adapter or more, before or after training
 ) -> None:
     """Raise `InputError` unless adapters off is the base, and on needs nothing of PEFT's `forward`.
 

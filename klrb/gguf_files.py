@@ -39,11 +39,11 @@ ARCHITECTURES = (
 class GgufFile(NamedTuple):
     "What a GGUF file says about its model."
 
-    name: str  # of the file, for errors
+    name: str  # name of the file, for errors
     architecture: str  # llama.cpp's name of it
     keys: dict[str, Any]  # under the architecture's name, without it
     tensors: dict[str, tuple[int, ...]]  # shapes, rows first
-    rope_factors: list[float] | None  # of `rope_freqs.weight`: each frequency is divided by one
+    rope_factors: list[float] | None  # `rope_freqs.weight`, each divides a frequency
 
 
 def read_gguf(
@@ -148,7 +148,7 @@ HEADS = (
 
 
 def gguf_config(
-    file: GgufFile,  # from `read_gguf`
+    file: GgufFile,  # what `read_gguf` gives
     config: PretrainedConfig,  # what transformers read from it, changed in place
 ) -> PretrainedConfig:  # what the file says
     """Complete a configuration by the file's own keys.
@@ -294,7 +294,7 @@ def _scaling(file: GgufFile, config: PretrainedConfig, turned: int) -> dict[str,
 # %% ../nbs/ground/04_gguf.ipynb #7a938014
 @torch.no_grad()
 def check_gguf(
-    file: GgufFile,  # from `read_gguf`
+    file: GgufFile,  # what `read_gguf` gives
     model: nn.Module,  # loaded from it
 ) -> None:
     "Raise `InputError` when the model lacks a tensor of the file, or turns by other frequencies."
@@ -356,7 +356,7 @@ def _check_frequencies(file: GgufFile, found: torch.Tensor) -> None:
 # %% ../nbs/ground/04_gguf.ipynb #04775cf5
 def load_gguf(
     path: str | Path,  # a GGUF file
-    dtype: torch.dtype = torch.float32,  # of the weights
+    dtype: torch.dtype = torch.float32,  # number format of the weights
     **settings: Any,  # further arguments of `from_pretrained`
 ) -> tuple[nn.Module, dict]:  # the model, and what transformers says about missing weights
     """The causal language model of a GGUF file.

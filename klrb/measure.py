@@ -191,7 +191,7 @@ def _label(settings: Settings, comparison: Comparison, symbol: str = "KL") -> st
 
 def make_streams(
     sides: tuple[Side, Side],  # policy and reference
-    texts: list,  # from `read_prompts`
+    texts: list,  # what `read_prompts` gives
     settings: Settings,  # what is measured
 ) -> list[Stream]:  # one per direction
     "Streams without rollouts. Raises `ValueError` when prompts and models do not go together."
@@ -439,7 +439,7 @@ def measure_kl(
     policy_prefix: str = "",  # before the policy's prompts; with `chat`, its system message
     reference_prefix: str = "",  # before the reference's prompts; with `chat`, its system message
     column: str | None = None,  # column of the prompts in a table; None: "prompt" or "text"
-    tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
+    tokenizer: PreTrainedTokenizerBase | None = None,  # for loaded models; None: by name
     dtype: str = "float32",  # number format of the weights; see `load_model`
     device: str = "auto",  # CUDA, MPS or CPU, whichever is there
     trust_remote_code: bool = False,  # run code that comes with a checkpoint

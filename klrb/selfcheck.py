@@ -43,7 +43,7 @@ class ScoringCheck:
 
     def group(
         self,
-        length: int,  # of a prompt or sequence
+        length: int,  # tokens of a prompt or sequence
     ) -> int:  # equal for sequences that may share a batch
         "Which batch a sequence belongs to."
         if self.equal_lengths:
@@ -52,7 +52,7 @@ class ScoringCheck:
 
 # %% ../nbs/compare/42_selfcheck.ipynb #4a18d3d6
 def rotary_switch(
-    config: PreTrainedConfig,  # of a model
+    config: PreTrainedConfig,  # configuration of a model
 ) -> (
     int | None
 ):  # the last length with the short factors; None: the factors do not depend on the length
@@ -73,7 +73,7 @@ def rotary_switch(
 
 
 def check_lengths(
-    check: ScoringCheck,  # of a model
+    check: ScoringCheck,  # what was found about the model
     rows: list[list[int]],  # token ids of prompts
     max_new_tokens: int,  # tokens to generate at the most
     role: str = "model",  # whose check it is

@@ -332,6 +332,7 @@ REFUSED = {
     "ADAPTION_PROMPT": dict(adapter_len=4, adapter_layers=1),
     "POLY": dict(target_modules=["q_proj"], r=2),
     "SHADOW": {},
+    "LILY": dict(target_modules=["q_proj", "o_proj"], r=4),
 }
 
 

@@ -1,5 +1,6 @@
 """The measuring tool: enumerated answers, coverage, files after an interruption, and bad input."""
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -8,6 +9,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
@@ -19,7 +21,8 @@ import klrb.compare.scoring
 import klrb.models
 from klrb.cli import app
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl
-from klrb.measure import measure_kl
+from klrb.measure import Settings, measure_kl
+from klrb.compare.scoring import Comparison, Party, PromptOrder, RolloutSampler, RolloutTable
 from klrb.compare.results import estimates, figures, prompt_means
 from klrb.intervals import cluster_interval
 from klrb.compare.stopping import Tolerance, next_size, parse_tolerance, sample_until
@@ -27,6 +30,7 @@ from klrb.compare.sides import load_pair
 from klrb.steps import step_kl
 from klrb.compare.text import measure_text, text_statistics
 
+FIELDS = dataclasses.fields(Settings)
 WORDS = ["<end>", "a", "b", "c", "d", "e"]  # the end token is also the padding and the beginning
 
 
@@ -224,6 +228,78 @@ def test_memory_is_bounded_by_batch_tokens(monkeypatch):
     assert (
         len(sizes) == 7 and max(rows * (width + 3) for rows, width in sizes) <= 20
     )  # 3 rows of 3 + 3 tokens
+
+
+def test_rollouts_belong_to_their_prompts():
+    "Rollout i belongs to prompt i mod P of the shuffled list, whatever the batches are."
+    found = measure(prompts=["a b c", "d", "e"], samples=5, batch_tokens=20).headline.rollouts
+    order = np.random.default_rng(0).permutation(3)
+    assert found.prompt.tolist() == [order[i % 3] for i in range(15)]
+    sampler = make_sampler(["a b c", "d", "e"])
+    table = RolloutTable(sampler.order, 3)
+    batches = list(sampler.batches(0, 6))
+    with pytest.raises(AssertionError):
+        table.append(next(sampler.batches(1, 4)))
+    for batch in batches:
+        table.append(batch)
+    assert table.frame.prompt.tolist() == sampler.order.prompts(0, 6).tolist() and len(table) == 6
+
+
+def make_sampler(prompts, **settings):
+    policy, reference = load_pair(POLICY, REFERENCE, TOKENIZER)
+    comparison = Comparison(Party("policy", policy), Party("reference", reference))
+    encoded = [TOKENIZER(o).input_ids for o in prompts]
+    order = PromptOrder.draw(len(prompts), 0)
+    prompts_of = dict(policy=encoded, reference=encoded)
+    return RolloutSampler(comparison, prompts_of, prompts, order, 3, **settings)
+
+
+def test_a_sampler_keeps_nothing_and_starts_anywhere():
+    "Batches are made of the seed and the number of their first rollout: none depends on another."
+    sampler = make_sampler(["a b c", "d"], batch_tokens=20)
+    whole, again = list(sampler.batches(0, 12)), list(sampler.batches(6, 12))
+    assert [len(o) for o in whole] == [3, 3, 3, 3]
+    for ours, theirs in zip(whole[2:], again):
+        pd.testing.assert_frame_equal(ours.frame(), theirs.frame())
+    swapped = sampler.comparison.swapped()
+    assert swapped.first.role == "reference" and swapped.swapped() == sampler.comparison
+
+
+def test_intervals_by_position_are_students(tmp_path):
+    "Oracle: scipy on the saved steps of the completions that are that long."
+    found = measure(samples=12, save=tmp_path / "out")
+    steps = pd.read_parquet(tmp_path / "out" / "rollouts.parquet").step
+    for row in found.headline.positions.itertuples():
+        values = np.array([o[row.position - 1] for o in steps if len(o) >= row.position])
+        low, high = scipy.stats.t.interval(
+            0.95, len(values) - 1, values.mean(), scipy.stats.sem(values)
+        )
+        if np.ptp(values) < 1e-9:  # the first step is the same in every rollout
+            low = high = values.mean()
+        assert row.reached == len(values) / 12
+        # The variance is a difference of sums of 12 terms in float64
+        rounding = 12 * 2**-26 * values.mean()
+        assert row.low == pytest.approx(max(low, 0), abs=rounding)
+        assert row.high == pytest.approx(high, abs=rounding)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "pocket", "tiny-random"])
+def test_every_preset_is_found_by_name(name, folder, monkeypatch):
+    "Without the Hub: one table of presets serves weights and tokenizers."
+    monkeypatch.setitem(klrb.models.PRESETS, "smollm2-135m", lambda: folder / "good")
+    found = measure_kl(name, name, ["a b"], samples=2, max_new_tokens=2)
+    assert found.kl.mean == 0 and found.about["models"]["policy"]["name"] == name
+
+
+def test_settings_are_checked_when_they_are_made():
+    given = {o.name: inspect.signature(measure_kl).parameters[o.name].default for o in FIELDS}
+    settings = Settings(**given | dict(divergence="forward_kl", tolerance="5%", temperature=0.7))
+    assert (settings.divergence, settings.direction) == ("kl", "forward")
+    assert settings.tolerance == Tolerance(0.05, True) and settings.reference_temperature == 0.7
+    assert settings.directions == ("forward",) and settings.plain()["tolerance"] == "5 %"
+    for wrong in (dict(seed=-1), dict(max_samples=1), dict(samples=True), dict(alpha=math.nan)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**given | wrong)
 
 
 def test_adapter_on_and_off_is_one_set_of_weights(tmp_path):

@@ -374,8 +374,8 @@ def _missing(row: Any) -> bool:
 
 
 def check_row(
-    row: Any,  # as it was given
-    where: str,  # such as "prompt 3"
+    row: Any,  # one row as it was given
+    where: str,  # its place for the message, such as "prompt 3"
     wanted: str,  # what it should be, for the message
 ) -> Any:  # the same; a text is a plain `str`
     "Raise `ValueError` for a row that is missing, a blank text, or no text and no list."
@@ -397,7 +397,7 @@ def check_row(
 
 # %% ../../nbs/compare/45_prompts.ipynb #a199c714
 def read_rows(
-    source: Any,  # see `read_prompts`
+    source: Any,  # what `read_prompts` takes
     column: str | None,  # field or column; None: "prompt" or "text", whichever is there
     what: str,  # the argument, for error messages
     split: Callable[[str], list[str]] = split_lines,  # how a text file is divided
@@ -496,7 +496,7 @@ def read_prompts(
 
 
 def prompt_text(
-    prompt: str | list | None,  # from `read_prompts`
+    prompt: str | list | None,  # one of those that `read_prompts` gives
 ) -> str:  # the last message of a chat
     "A prompt as it is shown."
     if isinstance(prompt, list):
@@ -505,7 +505,7 @@ def prompt_text(
 
 # %% ../../nbs/compare/45_prompts.ipynb #70fcec6e
 def closing_tokens(
-    tokenizer: PreTrainedTokenizerBase,  # of one side
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of one side
     texts: list[str],  # that may be asked about, the first that tells is taken
 ) -> list[int]:  # ids, usually none
     "Tokens that a tokenizer adds behind every text."
@@ -523,8 +523,8 @@ def closing_tokens(
 
 
 def encode_prompts(
-    prompts: list,  # from `read_prompts`
-    tokenizer: PreTrainedTokenizerBase,  # of one side
+    prompts: list,  # what `read_prompts` gives
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of one side
     prefix: str = "",  # put before every prompt; with `chat`, the system message
     chat: bool = False,  # apply the tokenizer's chat template
 ) -> list[list[int]]:  # ids of each prompt, at least one, and none behind the text
@@ -602,9 +602,9 @@ def _encode_chat(
 
 # %% ../../nbs/compare/45_prompts.ipynb #72a0b04d
 def prompt_notes(
-    prompts: list,  # from `read_prompts`
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # of policy and reference
-    prefix: str = "",  # the same for both: different ones are meant to differ
+    prompts: list,  # what `read_prompts` gives
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # policy's and reference's
+    prefix: str = "",  # prefix of both: different ones are meant to differ
     chat: bool = False,  # apply each tokenizer's chat template
 ) -> list[str]:  # sentences
     "What a reader of the result must know about how the sides read the prompts."
@@ -666,7 +666,7 @@ def _differences(encoded: list, tokenizers: tuple, chat: bool) -> list[str]:
 # %% ../../nbs/compare/45_prompts.ipynb #cc02d759
 def resolve_end_tokens(
     given: str | int | list | None,  # tokens or ids; None: those of the two models
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # of policy and reference
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # policy's and reference's
 ) -> list[int] | None:  # ids in ascending order; None: those of the two models
     """Ids of the end tokens that were named.
 
@@ -711,8 +711,8 @@ def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def end_notes(
-    ends: tuple[list[int], list[int]],  # of policy and reference, as their settings have them
-    tokenizer: PreTrainedTokenizerBase,  # of either
+    ends: tuple[list[int], list[int]],  # ends of policy and reference, as their settings have them
+    tokenizer: PreTrainedTokenizerBase,  # tokenizer of either side
 ) -> list[str]:  # a sentence, or none
     "What a reader of the result must know about where completions end."
     if set(ends[0]) == set(ends[1]):
@@ -773,7 +773,7 @@ def check_arguments(
 
 
 def check_unused_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None,  # as it was given
+    tokenizer: PreTrainedTokenizerBase | None,  # the argument as it was given
     used: tuple,  # the tokenizers of the two sides
     texts: list,  # prompts or documents
 ) -> None:

@@ -99,7 +99,7 @@ REASONS = dict(
 class Result:
     "One divergence, from the rollouts of one sampler."
 
-    label: str  # such as "KL(policy || reference)"
+    label: str  # what it is, such as "KL(policy || reference)"
     sampled_from: str  # "policy", "reference" or "both"
     rollouts: pd.DataFrame  # one row per rollout: prompt, length, rb, mc, k3
     num_prompts: int  # P; 1 without prompts
@@ -218,7 +218,7 @@ NAMES = dict(rb="RB", mc="MC", k3="k3")
 class Measurement:
     "How far a policy is from a reference: a result per direction, and what it takes to repeat it."
 
-    results: dict[str, Result]  # by "reverse", "forward" or "jeffreys"; the headline first
+    results: dict[str, Result]  # results by "reverse", "forward" or "jeffreys"; the headline first
     about: dict  # settings, models and their fingerprints, versions
     seconds: dict[str, float]  # generation, forward, estimation, total
     largest: list[dict]  # rollouts with the largest steps: prompt, tokens, step
@@ -407,10 +407,10 @@ def _drawings(result: Result) -> dict[str, tuple[Callable[[], Figure], pd.DataFr
 
 
 def draw_results(
-    result: Result,  # of one direction
+    result: Result,  # result of one direction
 ) -> dict[
     str, Callable[[Path], None]
-]:  # by the figure's name; each draws and saves it under a stem
+]:  # functions by the figure's name; each draws it and saves it under a stem
     "Figures that have not been drawn yet, so that one that fails takes nothing with it."
 
     def save(draw, data):
@@ -484,9 +484,9 @@ class Saver:
 def finish_saving(
     saver: Saver,  # what has been written so far
     status: str,  # "complete" or "interrupted"
-    results: dict,  # for `measurement.json`
+    results: dict,  # what `measurement.json` keeps
     tables: dict[str, pd.DataFrame],  # written as CSV
-    drawings: dict[str, Callable[[Path], None]],  # from `draw_results`, by name
+    drawings: dict[str, Callable[[Path], None]],  # what `draw_results` gives, by name
     heatmap: Callable[[], str],  # gives HTML
 ) -> None:
     """Write rollouts, tables (CSV) and the last status; then figures and the heat map.

@@ -64,7 +64,7 @@ PERCENTILES = {"median": 0.5, "90 %": 0.9, "95 %": 0.95, "99 %": 0.99, "99.9 %":
 def weighted_percentiles(
     ordered: np.ndarray,  # values in ascending order, (N,)
     weights: np.ndarray,  # whole number of copies of each, (N,)
-    shares: list[float],  # such as 0.5 for the median
+    shares: list[float],  # shares of the values below, such as 0.5 for the median
 ) -> np.ndarray:  # linearly interpolated, as `np.quantile` of the copies
     "Percentiles of values that occur several times."
     upto = weights.cumsum()
@@ -212,7 +212,7 @@ class TextMeasurement:
 
     statistics: pd.DataFrame  # statistic, value, low, high
     tokens: pd.DataFrame  # one row per token: as for `text_statistics`, and position, token_id
-    label: str  # such as "KL(policy || reference)"
+    label: str  # what it is, such as "KL(policy || reference)"
     about: dict  # settings, models and their fingerprints, versions
     status: str  # "complete" or "interrupted"
     seconds: dict[str, float]  # forward, estimation, total
@@ -346,7 +346,7 @@ def measure_text(
     direction: str = "reverse",  # "reverse" KL(policy || reference), or "forward", as in llama.cpp
     divergence: str = "kl",  # key of `klrb.steps.DIVERGENCES`
     alpha: float = 0.5,  # order of the "alpha" divergence
-    tokenizer: PreTrainedTokenizerBase | None = None,  # of loaded models; None: by the model's name
+    tokenizer: PreTrainedTokenizerBase | None = None,  # for loaded models; None: by name
     dtype: str = "float32",  # number format of the weights; see `load_model`
     device: str = "auto",  # CUDA, MPS or CPU, whichever is there
     trust_remote_code: bool = False,  # run code that comes with a checkpoint
