@@ -319,7 +319,7 @@ def _rloo(
     out: Path = typer.Option(..., help="Folder of the run; a killed run goes on in it."),
     profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
     estimator: str = typer.Option(
-        "rb", help="Unbiased method of klrb.gradients: mc, mc_to_go, rb_sequence or rb."
+        "rb", help="Of the KL in the update: mc, mc_to_go, rb_sequence, rb or fitted."
     ),
     beta: float = typer.Option(None, help="Weight of the KL.", show_default="the profile's"),
     seed: int = typer.Option(0, help="Seed of the sampling and of the order of prompts."),

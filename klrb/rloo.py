@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import Module
@@ -43,6 +43,14 @@ from .gradients import GRADIENTS, kl_baseline, kl_surrogate
 from .models import accepted_inputs, causal_lm, check_lm_head, completion_hidden
 from .models import lm_head, step_inputs
 from .rlhf.dpo import check_padding
+from klrb.update import (
+    CoefficientFit,
+    UpdateBaseline,
+    UpdateCoefficients,
+    update_baseline,
+    update_statistics,
+    update_surrogate,
+)
 
 # %% auto #0
 __all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer']
@@ -180,7 +188,7 @@ def _biased_generation(
 # %% ../nbs/rlhf/56_rloo.ipynb #f3e230e3
 UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
     name for name, method in GRADIENTS.items() if method.unbiased and name != "rb_topk"
-)
+) + ("fitted",)
 
 
 @dataclass
@@ -191,7 +199,8 @@ class RBRLOOConfig(RLOOConfig):
     """
 
     kl_estimator: str = field(
-        default="rb", metadata={"help": "Unbiased method of klrb.gradients for the KL penalty."}
+        default="rb",
+        metadata={"help": "Unbiased method of klrb.gradients for the KL penalty, or `fitted`."},
     )
 
     def __post_init__(self):
@@ -204,6 +213,12 @@ def _check_settings(args: RBRLOOConfig) -> None:
         raise InputError(
             f"`kl_estimator` is {args.kl_estimator!r}; "
             f"the unbiased methods are {', '.join(UNBIASED)}."
+        )
+    if args.kl_estimator == "fitted" and args.mask_truncated_completions:
+        raise InputError(
+            "`mask_truncated_completions` is True: a mask that depends on how a completion ends "
+            "takes their mean of zero from the terms that `kl_estimator='fitted'` adds; set it to "
+            "False, or choose another estimator."
         )
     if args.beta < 0:
         raise InputError(f"`beta` is {args.beta}; the weight of the KL penalty must be >= 0.")
@@ -495,7 +510,8 @@ class RBRLOOTrainer(RLOOTrainer):
 
     Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every
     generation batch. Raises `ValueError` for settings and models with which what is sampled would
-    not be what is scored.
+    not be what is scored. With `kl_estimator="fitted"` also logs the coefficients `update_past` and
+    `update_noise`, in units of the reward per nat.
     """
 
     def __init__(
@@ -526,12 +542,17 @@ class RBRLOOTrainer(RLOOTrainer):
         self.args.beta = self.kl_beta = args.beta
         self.args.sync_ref_model = args.sync_ref_model
         self.kl_estimator = args.kl_estimator
-        self.exact_loss = args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
+        self.coefficient_fit = CoefficientFit() if args.kl_estimator == "fitted" else None
+        self.exact_loss = self.coefficient_fit is not None or (
+            args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
+        )
         self.off_policy = (
             args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
         )
         self._take_models(ref_model, switch)
         self.add_callback(_ResumeOrder(self))
+        if self.coefficient_fit is not None:
+            self.add_callback(_KeepFit(self.coefficient_fit))
         if args.mask_truncated_completions and args.beta > 0:
             warnings.warn(
                 "`mask_truncated_completions` leaves the KL of completions that were cut out of "
@@ -681,18 +702,14 @@ class RBRLOOTrainer(RLOOTrainer):
         mask, scores = output["completion_mask"], scoring.scores
         self._check_finite(scores)
         prompt_index = torch.arange(len(mask), device=mask.device) // group
-        baseline = torch.zeros_like(scores.step_kl)
-        if group > 1 and mask.any():
-            baseline = kl_baseline(
-                self.kl_estimator,
-                scores.policy_logprobs,
-                scores.ref_logprobs,
-                mask,
-                scores.step_kl,
-                prompt_index,
-            )
+        given = scores.policy_logprobs, scores.ref_logprobs, mask, scores.step_kl
+        if self.coefficient_fit is not None:
+            output |= self._fitted_inputs(mode, output["advantages"], given, prompt_index)
+        else:
+            output["kl_baseline"] = torch.zeros_like(scores.step_kl)
+            if group > 1 and mask.any():
+                output["kl_baseline"] = kl_baseline(self.kl_estimator, *given, prompt_index)
         output |= dict(
-            kl_baseline=baseline,
             old_per_token_logps=scores.policy_logprobs,
             ref_per_token_logps=scores.ref_logprobs,
         )
@@ -701,6 +718,24 @@ class RBRLOOTrainer(RLOOTrainer):
         self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
         self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
         return output
+
+    def _fitted_inputs(self, mode, advantages, given, prompt_index):
+        "Baselines, and coefficients from earlier batches only; then this batch joins the fit."
+        zero = torch.zeros_like(given[-1])  # also for the reward: TRL's advantages are centred
+        baseline = UpdateBaseline(zero[:, 0], zero, zero, zero, others=zero[:, 0])
+        if prompt_index[-1] + 1 < len(prompt_index):  # an evaluation may have one completion each
+            baseline = update_baseline(zero[:, 0], *given, prompt_index)
+        past, noise = self.coefficient_fit.coefficients(self.kl_beta)
+        self._metrics[mode]["update_past"].append(past)
+        self._metrics[mode]["update_noise"].append(noise)
+        if mode == "train":
+            values = (o.cpu() for o in (advantages, *given))  # not every device has float64
+            statistics = update_statistics(*values, UpdateBaseline(*(o.cpu() for o in baseline)))
+            self.coefficient_fit.update(torch.cat(gather_object([statistics])))
+        return {f"baseline_{name}": value for name, value in baseline._asdict().items()} | dict(
+            update_past=torch.full_like(advantages, past),
+            update_noise=torch.full_like(advantages, noise),
+        )
 
     def _check_finite(self, scores):
         for name in ("policy_logprobs", "ref_logprobs", "step_kl"):
@@ -723,6 +758,8 @@ class RBRLOOTrainer(RLOOTrainer):
     def _compute_loss(self, model, inputs):
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
             loss = super()._compute_loss(model, inputs)
+        if self.coefficient_fit is not None:
+            return loss + self._fitted_penalty(scoring.scores, inputs)
         if self.kl_beta == 0 or not inputs["completion_mask"].any():
             return loss
         scores = scoring.scores  # with their graph
@@ -736,6 +773,20 @@ class RBRLOOTrainer(RLOOTrainer):
             baseline=inputs["kl_baseline"],
         )
         return loss + self.kl_beta * penalty
+
+    def _fitted_penalty(self, scores, inputs):
+        "The whole update but for the reward's part, which is TRL's."
+        return update_surrogate(
+            torch.zeros_like(inputs["advantages"]),
+            scores.policy_logprobs,
+            inputs["ref_per_token_logps"],
+            inputs["completion_mask"],
+            scores.step_kl,
+            self.kl_beta,
+            UpdateCoefficients(inputs["update_past"], inputs["update_noise"]),
+            old_logprobs=inputs["old_per_token_logps"] if self.off_policy else None,
+            baseline=UpdateBaseline(*(inputs[f"baseline_{o}"] for o in UpdateBaseline._fields)),
+        )
 
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
@@ -764,3 +815,28 @@ class _ResumeOrder(TrainerCallback):
             )
         for _ in range(int(state.epoch or 0)):
             next(iter(self.trainer._sampler))  # draws one epoch's order
+
+
+class _KeepFit(TrainerCallback):
+    "Keeps the fit of the coefficients in the `trainer_state.json` of every checkpoint."
+
+    name = "klrb.update.CoefficientFit"
+
+    def __init__(self, fit):
+        self.fit = fit
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = CoefficientFit().state_dict()  # what a run knows that begins
+        if state.global_step:
+            kept = state.stateful_callbacks.get(self.name)
+            if kept is None:
+                raise InputError(
+                    f"the checkpoint is from update {state.global_step} and has no coefficients: "
+                    "its run had another `kl_estimator` than 'fitted'; start the run anew."
+                )
+            saved = dict(kept, sums=torch.tensor(kept["sums"], dtype=torch.float64))
+        self.fit.load_state_dict(saved)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        saved = self.fit.state_dict()
+        state.stateful_callbacks[self.name] = dict(saved, sums=saved["sums"].tolist())

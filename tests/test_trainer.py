@@ -309,6 +309,7 @@ def fixed_completions(self, prompt_ids, images, fields):
 POLICIES = {
     "all weights, rb": dict(kl_estimator="rb"),
     "all weights, mc": dict(kl_estimator="mc"),
+    "all weights, fitted": dict(kl_estimator="fitted"),
     "adapters and a head of its own": dict(reference=None, adapters=True),
 }
 
@@ -333,14 +334,10 @@ def train_fixed(folder, name, processes):
     t.add_callback(keep)
     t.train()
     assert (type(t.model_wrapped).__name__ == "DistributedDataParallel") == (processes > 1)
-    logs = [
-        {
-            key: log[key]
-            for key in ("loss", "reward", "kl_sequence_rb", "kl_sequence_mc", "grad_norm")
-        }
-        for log in t.state.log_history
-        if "loss" in log
-    ]
+    names = ["loss", "reward", "kl_sequence_rb", "kl_sequence_mc", "grad_norm"]
+    if "fitted" in name:
+        names += ["update_past", "update_noise"]
+    logs = [{key: log[key] for key in names} for log in t.state.log_history if "loss" in log]
     return logs, keep.kept, {name: p.detach() for name, p in t.model.named_parameters()}
 
 

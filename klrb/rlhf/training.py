@@ -58,7 +58,7 @@ def _batch_per_process(profile: Profile) -> int:
 def rloo_config(
     profile: Profile,  # learning rate, batch, lengths
     out_dir: str | Path,  # folder for the trainer's own files
-    kl_estimator: str = "rb",  # method of `klrb.gradients`
+    kl_estimator: str = "rb",  # one of `klrb.rloo.UNBIASED`
     beta: float | None = None,  # KL weight; None: the profile's
     seed: int = 0,  # seed of the sampling and of the order of prompts
     updates: int | None = None,  # optimiser steps; None: the profile's
@@ -108,6 +108,8 @@ _LOGGED = {  # name in TRL's log -> name and unit in the CSV
     "reward": ("reward", "log-odds"),
     "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
     "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"),
+    "update_past": ("update_past", "log-odds/nat"),
+    "update_noise": ("update_noise", "log-odds/nat"),
     "entropy": ("entropy", "nats/token"),
     "clip_ratio/region_mean": ("clip_ratio", "share"),
     "grad_norm": ("grad_norm", "1"),
