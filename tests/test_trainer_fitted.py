@@ -1,4 +1,4 @@
-"""The trainer whose update is fitted: special cases, whose batches the coefficients come from, resuming, what is refused."""
+"""The trainer whose update is fitted: special cases, sources of the coefficients, resuming."""
 
 import json
 import math
@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset
 
 from klrb.errors import InputError
-from klrb.style import LABELS, in_order
 from klrb.models import completion_logits, load_model, load_tokenizer
-from klrb.profiles import get_profile
-from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer, rloo_config, train_rloo
-from klrb.study import study_grid
+from klrb.rlhf.profiles import get_profile
+from klrb.rlhf.training import rloo_config, train_rloo
+from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer
+from klrb.style import LABELS, in_order
+from klrb.sweeps.study import study_grid
 from klrb.update import CoefficientFit
 from test_trainer_models import build
 
@@ -144,7 +145,7 @@ def test_special_cases_have_the_gradient_of_the_present_estimators(
     "beta, past, noise", [(BETA, 0.7, 0.2), (BETA, -0.4, 1.5), (0.0, 0.3, 0.1)]
 )
 def test_the_gradient_of_any_member_is_eq_3_written_out(tmp_path, beta, past, noise):
-    """Oracle: both models' logits in float64, every term of eq. 3 of the update's chapter with its own leave-one-out baseline."""
+    """Oracle: both models' logits in float64, every term of eq. 3 of the update's chapter."""
     t = make(tmp_path, beta=beta, temperature=1.0)
     batch = generate(t)
     ours = gradient(t, batch, past, noise).double()
@@ -250,7 +251,7 @@ def test_a_mixture_of_experts_keeps_its_auxiliary_loss(tmp_path, method, past, n
 
 
 class Spy:
-    "Keeps, for every generation batch, the coefficients it is trained with and what it contributes to the fit."
+    "Keeps, for every generation batch, its coefficients and what it contributes to the fit."
 
     def __init__(self, monkeypatch):
         self.used, self.losses, self.statistics = [], [], []
@@ -334,7 +335,7 @@ def test_what_is_evaluated_does_not_join_the_fit(tmp_path):
 
 
 def test_training_anew_begins_without_coefficients(tmp_path):
-    """`auto_find_batch_size` starts once more with the same seed: what it sampled before it would sample again."""
+    """`auto_find_batch_size` starts again with the same seed: it would sample the same again."""
     t = make(tmp_path, max_steps=2)
     t.train()
     t.train()

@@ -169,7 +169,8 @@ class _Checked(LogitsProcessor):
         self.width, self.complain, self.step = width, complain, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # (B, V)
-        if (bad := scores[:, : self.width].isnan().any(1)).any():
+        bad = scores[:, : self.width].isnan().any(1)
+        if bad.any():
             self.complain(int(bad.nonzero()[0]), self.step)
         self.step += 1
         beyond = torch.arange(self.width, scores.shape[1], device=scores.device)
