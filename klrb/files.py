@@ -160,7 +160,7 @@ def split_revision(
 def download_command(
     name: str,  # Hub id, with or without "@revision"
     kind: str = "model",  # "model" or "dataset"
-) -> str:  # for a shell
+) -> str:  # command for a shell
     "What fetches a Hub repository, all that is read of it."
     repository, revision = split_revision(name)
     parts = ["hf download", repository]

@@ -90,7 +90,7 @@ def cluster_interval(
     lengths=None,  # what they are divided by, (N,); None: 1 each
     clusters=None,  # which rollouts belong together, integers, (N,); None: all independent
     level: float = 0.95,  # probability of covering the mean
-) -> Interval:  # of sum(values) / sum(lengths)
+) -> Interval:  # interval of sum(values) / sum(lengths)
     "Student interval of a ratio of sums (eq. 1). Infinite values give an infinite mean."
     import numpy as np
 
@@ -167,7 +167,7 @@ def bootstrap_interval(
     values,  # one value per rollout or run, (N,)
     groups=None,  # which values belong together (prompt, seed), (N,); None: each on its own
     level: float = 0.95,  # probability of covering the mean
-    num_resamples: int = 2000,  # as in `ratio_interval`
+    num_resamples: int = 2000,  # number of resamples, as in `ratio_interval`
     seed: int = 0,  # seed of the resampling
 ) -> tuple[float, float]:  # ends of the interval; NaN for a single group
     "Cluster-bootstrap interval of the mean. Raises `ValueError` on bad values or groups."

@@ -33,7 +33,7 @@ _STUDY = set(
 
 
 def missing_package(
-    error: ImportError,  # as raised by an import
+    error: ImportError,  # error that an import raised
 ) -> str | None:  # one line; None when the error is of another kind
     "What to install, if a package of an extra is not there."
     while not error.name and isinstance(error.__cause__, ImportError):

@@ -93,7 +93,7 @@ def use_theme() -> None:
 
 # %% ../nbs/ground/02_style.ipynb #1cb69290
 def label_end(
-    ax: Axes,  # with the line
+    ax: Axes,  # axes with the line
     x: float,  # position of the line's end
     y: float,
     method: str,  # key of `SCHEME`: gives text and colour
@@ -112,7 +112,7 @@ def label_end(
 
 # %% ../nbs/ground/02_style.ipynb #937e30ae
 def save_figure(
-    fig: Figure,  # to save
+    fig: Figure,  # figure to save
     stem: str | Path,  # path without suffix; its folder is made when missing
     data: pd.DataFrame,  # the numbers that are drawn
 ) -> list[Path]:  # the PNG and the CSV written

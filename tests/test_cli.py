@@ -6,6 +6,7 @@ What is missing, what refuses, what is our fault, and who stops reading.
 import ast
 import builtins
 import errno
+import inspect
 import os
 import signal
 import subprocess
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 import klrb
 from klrb import main as entry
 from klrb.cli import app
+from klrb.compare.text import measure_text
 from klrb.errors import InputError, MachineError, OutOfMemoryError
+from klrb.measure import measure_kl
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -185,6 +189,19 @@ def test_version_is_an_option_like_others():
         "--version"
         in CliRunner().invoke(app, ["--help"], env=dict(TERM="dumb", COLUMNS="200")).output
     )
+
+
+# The options
+
+
+@pytest.mark.parametrize("function", [measure_kl, measure_text])
+def test_the_options_of_measure_are_the_arguments_of_the_functions(function):
+    "The texts differ, as a shell's do; names and defaults must not"
+    options = {o.name: o.default for o in typer.main.get_command(app).commands["measure"].params}
+    wanted = dict(inspect.signature(function).parameters)
+    for name in ("policy", "reference", "text", "tokenizer", "progress"):
+        wanted.pop(name, None)  # named without a default, or of no use in a shell
+    assert {name: options[name] for name in wanted} == {k: o.default for k, o in wanted.items()}
 
 
 # Whose fault it is

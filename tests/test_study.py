@@ -798,6 +798,8 @@ GIVEN = {  # of CELL, on the command line
     "anything": ("empty", "1,x,None,(1,2)", [1, "x", None, (1, 2)]),
     "no default": ("unset", "1", [1.0]),
     "negative": ("beta", "-1e-3", [-0.001]),
+    "an int for a float": ("beta", "1,02", [1.0, 2.0]),
+    "a number as text": ("joined", "1.50,'a'", ["1.50", "'a'"]),
 }
 
 
@@ -819,6 +821,12 @@ REFUSED = {
     "too many": ("betas", "(1,2,3)", "wants tuple"),
     "text in a tuple": ("betas", "('a',2)", "wants tuple"),
     "infinity in a tuple": ("betas", "(1e999,2)", "wants tuple"),
+    "a bool in a tuple": ("betas", "(True,2)", "wants tuple"),
+    "texts for numbers": ("betas", "('1','2')", "wants tuple"),
+    "yes for true": ("same", "yes", "wants bool"),
+    "one for true": ("same", "1", "wants bool"),
+    "true for one": ("limit", "True", "wants Optional[int]"),
+    "a whole float": ("limit", "1.0", "wants Optional[int]"),
     "a call": ("betas", "(exit(),2)", "wants tuple"),
     "no choice": ("kind", "k3", "wants Literal['rb', 'mc']"),
     "not None": ("beta", "None", "wants float"),

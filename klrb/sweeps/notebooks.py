@@ -83,7 +83,7 @@ def _settings(profile: Profile) -> dict:
 
 def profile_facts(
     profile: Profile | None,  # None: the notebook has no profile
-) -> dict:  # for `Run.facts`
+) -> dict:  # facts of a run, as in `Run.facts`
     """Settings of a profile and digests of what they name.
 
     Raises `ValueError` when the shipped model is damaged.
@@ -103,7 +103,7 @@ def profile_facts(
 
 # %% ../../nbs/sweeps/62_notebooks.ipynb #47580260
 def profile_argument(
-    profile: Profile,  # from `get_profile`
+    profile: Profile,  # a profile, as `get_profile` gives it
     root: Path,  # folder of the sweep, or of the cache
 ) -> str:  # the preset's name, or the path of the file that `write_template` makes
     "What a notebook's parameter `profile` is given."
@@ -116,7 +116,7 @@ def profile_argument(
 # %% ../../nbs/sweeps/62_notebooks.ipynb #9f820b67
 def make_runs(
     template: Template,  # the notebook
-    cells: list[dict],  # what varies, from `read_grid`
+    cells: list[dict],  # what varies in each run, from `read_grid`
     root: Path,  # folder of the sweep, or of the cache
     profile: Profile | None = None,  # settings that the notebook reads by name, or from a file
     prepared: Path | None = None,  # finished preparation, for a notebook that has `prepare_dir`
@@ -181,9 +181,9 @@ def _named(parameter: str, value) -> str:
 
 # %% ../../nbs/sweeps/62_notebooks.ipynb #b4edc326
 def write_template(
-    template: Template,  # to copy
-    runs: list[Run],  # made from it
-    profile: Profile | None = None,  # that they were made with
+    template: Template,  # notebook to copy
+    runs: list[Run],  # runs made from it
+    profile: Profile | None = None,  # profile that they were made with
 ) -> None:
     "Put the copy, and the file of a profile that is no preset, where workers find them."
     files = {runs[0].notebook: template.text}
@@ -198,9 +198,9 @@ def write_template(
 
 # %% ../../nbs/sweeps/62_notebooks.ipynb #5b0c1a08
 def set_parameters(
-    notebook: Path,  # with a cell tagged `parameters`
-    values: dict,  # by name
-) -> nbformat.NotebookNode:  # to be executed
+    notebook: Path,  # notebook with a cell tagged `parameters`
+    values: dict,  # values of parameters, by name
+) -> nbformat.NotebookNode:  # notebook to be executed
     "The notebook with a cell that sets values, below the one tagged `parameters`."
     content = nbformat.reads(notebook.read_text(encoding="utf-8"), as_version=4)
     content = nbformat.v4.upgrade(content)
@@ -298,7 +298,7 @@ def _signal_kernel(key: str, number: int) -> None:
 
 
 def interrupt(
-    keys: list[str],  # of runs; those that do not run here are ignored
+    keys: list[str],  # keys of runs; those that do not run here are ignored
 ) -> None:
     "Interrupt the kernels of runs in this process."
     for key in keys:
@@ -321,9 +321,9 @@ def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Cal
 
 
 def execute_with(
-    notebook: Path,  # with a cell tagged `parameters`
-    executed: Path,  # where the executed copy is kept
-    values: dict,  # of parameters, by name
+    notebook: Path,  # notebook with a cell tagged `parameters`
+    executed: Path,  # path of the executed copy
+    values: dict,  # values of parameters, by name
     **options,  # for our engine: `popen` of the kernel, and `started`, called with its process
 ) -> None:
     """Execute a notebook with parameters.
@@ -342,7 +342,7 @@ def execute_with(
 
 # %% ../../nbs/sweeps/62_notebooks.ipynb #5eeb9196
 def execute(
-    run: Run,  # to execute
+    run: Run,  # run to execute
     threads: int | None = None,  # torch threads; None: as the environment says
     timeout: float | None = None,  # seconds until the kernel is killed
     wait: float = 3,  # seconds to wait for the lock: longer than a killed worker's kernel lives on
@@ -422,8 +422,8 @@ def _start(run: Run) -> None:
 
 # %% ../../nbs/sweeps/62_notebooks.ipynb #3e738112
 def note_failure(
-    run: Run,  # that ended without an outcome of its own, its worker being gone
-    found: dict,  # what is known: state, reason, seconds
+    run: Run,  # run that ended without an outcome of its own, its worker being gone
+    found: dict,  # what is known of it: state, reason, seconds
 ) -> None:
     "Put a failure into the record, unless somebody is at work on the run."
     with suppress(OSError):

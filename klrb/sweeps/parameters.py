@@ -30,7 +30,7 @@ __all__ = ['FOLDERS', 'Parameter', 'read_parameters', 'short', 'Template', 'read
 class Parameter:
     """A variable that the cell tagged `parameters` sets."""
 
-    annotation: str  # as in the notebook, empty when there is none
+    annotation: str  # annotation as in the notebook, empty when there is none
     source: str  # text of the default, empty when there is none
     default: object = None  # value of the default, None when it is no literal
     literal: bool = False  # whether the default can be read without running the cell
@@ -99,7 +99,7 @@ def _readers(source: str) -> dict[str, str]:
 
 
 def short(
-    text: str,  # of any length
+    text: str,  # text of any length
 ) -> str:  # at most 61 characters
     "The beginning of a text, for a message."
     return text if len(text) <= 60 else f"{text[:60]}…"
@@ -109,7 +109,7 @@ def short(
 class Template:
     """An experiment notebook, its parameters, and the code that it executes."""
 
-    path: Path  # as given
+    path: Path  # path of the notebook, as given
     text: str  # JSON without outputs
     known: dict[str, Parameter]  # parameters by name
     source: str  # code of all cells
@@ -117,7 +117,7 @@ class Template:
 
 
 def read_template(
-    path: str | Path,  # of a notebook with a cell tagged `parameters`
+    path: str | Path,  # path of a notebook with a cell tagged `parameters`
 ) -> Template:
     "Read and check an experiment notebook. Raises `FileNotFoundError` or `ValueError`."
     path = Path(path)
@@ -260,7 +260,7 @@ FOLDERS = {"out_dir", "prepare_dir"}  # parameters that the runner sets
 
 def read_value(
     template: Template,  # the notebook
-    name: str,  # of a parameter
+    name: str,  # name of a parameter
     value,  # of its type, or text that reads as one
 ):  # the value in the notebook's type
     "Check a parameter's name and value. Raises `ValueError` naming both and what is known."
@@ -337,7 +337,7 @@ def read_grid(
 def read_values(
     template: Template,  # the notebook
     grid: dict[str, list],  # parameter name to its values
-) -> dict[str, list]:  # the same in the notebook's types
+) -> dict[str, list]:  # parameter name to its values, in the notebook's types
     "Check a grid. Raises `ValueError` for an unknown name, a wrong type, no value or a duplicate."
     read = {}
     for name, values in grid.items():
@@ -359,8 +359,8 @@ def read_values(
 
 # %% ../../nbs/sweeps/61_parameters.ipynb #95bdf7c8
 def parse_grid(
-    items: list[str],  # such as "beta=0.1,0.2"
-) -> dict[str, list[str]]:  # for `read_grid`
+    items: list[str],  # what was given, such as "beta=0.1,0.2"
+) -> dict[str, list[str]]:  # parameter name to its values, for `read_grid`
     "Read the command line's form of a grid. Raises `ValueError` for bad syntax, or a name twice."
     grid = {}
     for item in items:

@@ -52,7 +52,7 @@ def _imported(source: str, package: tuple[str, ...]) -> set[str]:
 
 
 def reached_modules(
-    source: str,  # of a notebook
+    source: str,  # code of a notebook
 ) -> list[str]:  # names of klrb's modules, without "klrb."
     "Modules of klrb that a source imports, directly or through another of them."
     known = _modules()
@@ -67,7 +67,7 @@ def reached_modules(
 
 
 def code_digest(
-    source: str,  # of a notebook
+    source: str,  # code of a notebook
 ) -> str:  # sha256
     "Digest of the modules of klrb that the notebook reaches, as they are on disk now."
     known = _modules()
@@ -111,7 +111,7 @@ _VOLATILE = {"result.json", "executed.ipynb", "params.json", "environment.json"}
 
 
 def manifest(
-    folder: Path,  # of a run
+    folder: Path,  # folder of a run
 ) -> dict[str, str]:  # relative path to sha256
     "Digests of the files that a run has written, after flushing them to disk."
     paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _OWN]
@@ -121,7 +121,7 @@ def manifest(
 
 
 def read_json(
-    path: str | Path,  # of a file that should hold a JSON object
+    path: str | Path,  # file that should hold a JSON object
 ) -> dict | None:  # None when it does not, or is not there
     "The object in a file, if there is one."
     try:
@@ -132,7 +132,7 @@ def read_json(
 
 # %% ../../nbs/sweeps/60_runs.ipynb #72a00002
 def read_record(
-    folder: Path,  # of a run
+    folder: Path,  # folder of a run
 ) -> dict:  # empty when there is none, or none that can be read
     "What `run.json` says."
     record = read_json(folder / "run.json") or {}
@@ -144,7 +144,7 @@ def read_record(
 
 
 def read_result(
-    folder: Path,  # of a run
+    folder: Path,  # folder of a run
 ) -> dict | None:  # None when the run is not done, or the file is no longer what it was
     "What `result.json` says, if it is the JSON object that the record speaks of."
     record, path = read_record(folder), folder / "result.json"
@@ -156,7 +156,7 @@ def read_result(
 
 
 def damaged(
-    folder: Path,  # of a finished run
+    folder: Path,  # folder of a finished run
 ) -> list[str]:  # relative paths
     "Files that are missing or differ from the digest in the record."
     files = read_record(folder).get("files", {})
@@ -168,7 +168,7 @@ def damaged(
 
 
 def content_digest(
-    folder: Path,  # of a finished run
+    folder: Path,  # folder of a finished run
 ) -> str:  # sha256
     "Digest of what later runs read: every file except those that hold times and versions."
     files = read_record(folder).get("files")
@@ -217,7 +217,7 @@ class Run:
 # %% ../../nbs/sweeps/60_runs.ipynb #05a765ca
 @contextmanager
 def locked(
-    folder: Path,  # to be written by nobody else
+    folder: Path,  # folder that nobody else may write to
     timeout: float = 0,  # seconds to wait for it
 ) -> Iterator[int | None]:  # its file descriptor, for a kernel to inherit; None: others have it
     "Hold the lock of a folder."
@@ -236,7 +236,7 @@ def locked(
 
 # %% ../../nbs/sweeps/60_runs.ipynb #eebdbfe9
 def is_locked(
-    folder: Path,  # of a run
+    folder: Path,  # folder of a run
 ) -> bool:  # whether somebody is at work in it
     "Try the lock of a folder."
     if not folder.is_dir():

@@ -35,9 +35,9 @@ __all__ = ['study_grid', 'estimate_study', 'execute_study']
 
 # %% ../../nbs/sweeps/65_study.ipynb #9b7e9aab
 def study_grid(
-    profile: Profile,  # from `get_profile`
+    profile: Profile,  # a profile, as `get_profile` gives it
     start: str = "reference",  # policy that RLOO starts from
-) -> dict[str, list]:  # for `sweep`
+) -> dict[str, list]:  # parameter name to its values, for `sweep`
     """The grid of a profile's RLOO runs.
 
     Raises `ValueError` for an unknown or biased estimator, or an unknown `start`.
@@ -60,8 +60,8 @@ def study_grid(
 
 # %% ../../nbs/sweeps/65_study.ipynb #bc512574
 def estimate_study(
-    profile: Profile,  # from `get_profile`, with its grid
-    cells: list[dict],  # of the grid, from `read_grid`
+    profile: Profile,  # the profile, with its grid
+    cells: list[dict],  # cells of the grid, from `read_grid`
     out: str | Path,  # folder of the study
     workers: int,  # runs at a time
 ) -> str:  # a few lines
@@ -98,10 +98,10 @@ def _asked(parameters: dict, profile: Profile, cells: list[dict]) -> bool:
 
 # %% ../../nbs/sweeps/65_study.ipynb #dc658147
 def execute_study(
-    profile: Profile,  # from `get_profile`, with its grid
+    profile: Profile,  # the profile, with its grid
     out: str | Path,  # folder of the study; finished runs in it are kept
     notebooks: Path = Path("nbs/experiments"),  # folder of the experiment notebooks
-    execution: Execution = Execution(),  # where, and how often
+    execution: Execution = Execution(),  # where runs are executed, and how often
     start: str = "reference",  # policy that RLOO starts from: "reference" or "dpo"
     cache: str | Path | None = None,  # folder of preparations; None: `out`/cache
 ) -> dict[str, float]:  # seconds per stage

@@ -63,7 +63,7 @@ def read_plan(
 def write_plan(
     out: Path,  # folder of a sweep
     request: dict,  # what was asked for
-    runs: list[Run],  # that it means
+    runs: list[Run],  # runs that the request means
 ) -> None:
     "Add runs to the list of a folder, in the place of others of the same cell of the grid."
     with locked(out, timeout=60) as descriptor:
@@ -128,7 +128,7 @@ def sweep(
     grid: dict[str, list] | None = None,  # values by parameter
     seeds: int | None = None,  # repeats of the grid
     out: str | Path = "outputs/runs/sweep",  # folder of the sweep, seen by all workers
-    execution: Execution = Execution(),  # where, and how often
+    execution: Execution = Execution(),  # where runs are executed, and how often
     cache: str | Path | None = None,  # folder of preparations, seen by all; None: `out`/cache
     only: list[dict] | None = None,  # parameters of runs to restrict the sweep to; None: all
     dry_run: bool = False,  # only print what would be done
@@ -260,7 +260,7 @@ def prepare(
     profile: Profile,  # whose preparation
     notebook: Path,  # prepare.ipynb
     cache: Path,  # folder of preparations
-    execution: Execution,  # where to execute
+    execution: Execution,  # where it is executed
 ) -> Path:  # folder of the finished preparation
     """The preparation of a profile, from the cache or made now.
 
@@ -324,7 +324,7 @@ def _describe(runs: list[Run], execution: Execution) -> Counter:
 
 def retry(
     out: str | Path,  # folder of a sweep
-    execution: Execution = Execution(),  # where, and how often
+    execution: Execution = Execution(),  # where runs are executed, and how often
 ) -> Counter:  # number of runs by state
     "Run again what failed in the last request. Raises `ValueError` when the folder has no sweep."
     request = _request(out)

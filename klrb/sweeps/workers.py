@@ -64,7 +64,7 @@ class Execution:
 def share_cores(
     execution: Execution,  # what was asked for
     runs: int,  # how many there are
-    cores: int,  # of this machine
+    cores: int,  # cores of this machine
 ) -> tuple[int, int]:  # workers, and torch threads of each
     "Divide the cores. Raises `ValueError` when more than there are would be used."
     workers, threads = execution.workers or 1, execution.threads or 1
@@ -86,7 +86,7 @@ _DASK = {
 
 @contextmanager
 def connect(
-    execution: Execution,  # local, or the address of a scheduler
+    execution: Execution,  # this machine, or the address of a scheduler
     runs: int,  # how many there are to do
 ) -> Iterator[tuple[Client, int | None]]:  # and torch threads of a kernel; None: its environment's
     """Dask workers, of this machine or of a running scheduler.
@@ -150,7 +150,7 @@ class _IgnoreInterrupt(WorkerPlugin):
 
 
 def check_workers(
-    execution: Execution,  # to be used
+    execution: Execution,  # workers to be used
 ) -> None:
     "Raise what `connect` would, before anything is written."
     if not execution.scheduler:
@@ -161,7 +161,7 @@ def check_workers(
 
 # %% ../../nbs/sweeps/63_workers.ipynb #f50681bd
 def known_costs(
-    runs: list[Run],  # of one sweep
+    runs: list[Run],  # runs of one sweep
 ) -> dict[str, float]:  # seconds by `Run.key`; empty when nothing has finished
     """Expected duration.
 
@@ -195,7 +195,7 @@ class _Queue:
     client: Client
     backlog: list[_Attempt]  # the most expensive first
     slots: int  # attempts that Dask has at a time
-    options: tuple  # of `execute`
+    options: tuple  # arguments of `execute` after the run
     waiting: dict = field(default_factory=dict)  # future to its attempt
 
     def __post_init__(self):
@@ -254,9 +254,9 @@ def _outcome(future, run: Run) -> dict:
 
 # %% ../../nbs/sweeps/63_workers.ipynb #d58074df
 def execute_all(
-    runs: list[Run],  # unfinished ones
-    execution: Execution,  # where, and how often
-    costs: dict[str, float] | None = None,  # from `known_costs`
+    runs: list[Run],  # unfinished runs
+    execution: Execution,  # where runs are executed, and how often
+    costs: dict[str, float] | None = None,  # expected seconds, from `known_costs`
 ) -> dict[str, dict]:  # outcome of `execute` by `Run.key`
     """Execute runs until each is done or has failed for good.
 
@@ -296,7 +296,7 @@ def _decide(queue: _Queue, shown: _Shown, outcomes: dict, attempt: _Attempt, fou
 
 # %% ../../nbs/sweeps/63_workers.ipynb #406a869d
 def last_update(
-    folder: Path,  # of a run
+    folder: Path,  # folder of a run
 ) -> int | None:  # None before the first
     "The update that a run has reached, from the end of `metrics.csv`."
     try:
