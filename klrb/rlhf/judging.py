@@ -15,12 +15,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import evaluating
 from ..fused import linear_step_kl
-from ..models import completion_hidden, lm_head
+from ..models import Rollouts, completion_hidden, lm_head
 from .dpo import check_padding, policy_rollouts
 from .profiles import Profile
 
 # %% auto #0
 __all__ = ['evaluate_policy', 'summarize_evaluation']
+
+# %% ../../nbs/rlhf/57_judging.ipynb #2b0bf6d0
+def _score(policy, reference, r: Rollouts, temperature: float) -> dict[str, list[float]]:
+    "Both KLs and the log-probability under the reference of each rollout, in nats per sequence."
+    fields = r.prompt_ids, r.prompt_mask, r.completion_ids, r.completion_mask
+    policy_hidden, ref_hidden = (completion_hidden(o, *fields) for o in (policy, reference))
+    scores = linear_step_kl(
+        policy_hidden,  # (B, T, H)
+        lm_head(policy),
+        ref_hidden,
+        lm_head(reference),
+        r.completion_ids,
+        temperature,
+        r.completion_mask,
+    )
+    per_step = dict(
+        kl_rb=scores.step_kl,
+        kl_mc=scores.policy_logprobs - scores.ref_logprobs,
+        ref_logprob=scores.ref_logprobs,
+    )
+    off = r.completion_mask == 0
+    return {name: o.masked_fill(off, 0.0).sum(1).tolist() for name, o in per_step.items()}
 
 # %% ../../nbs/rlhf/57_judging.ipynb #dbdf1ab7
 @torch.no_grad()
@@ -58,24 +80,6 @@ def evaluate_policy(
                 profile.max_completion_length,
                 profile.temperature,
             )
-            rollouts = r.prompt_ids, r.prompt_mask, r.completion_ids, r.completion_mask
-            policy_hidden, ref_hidden = (
-                completion_hidden(m, *rollouts) for m in (policy, reference)
-            )  # (B, T, H)
-            scores = linear_step_kl(
-                policy_hidden,
-                lm_head(policy),
-                ref_hidden,
-                lm_head(reference),
-                r.completion_ids,
-                profile.temperature,
-                r.completion_mask,
-            )
-            log_ratio = scores.policy_logprobs - scores.ref_logprobs
-            kl_rb, kl_mc, ref_logprob = (
-                value.masked_fill(r.completion_mask == 0, 0.0).sum(1).tolist()
-                for value in (scores.step_kl, log_ratio, scores.ref_logprobs)
-            )
             rewards = {
                 name: function(completions=r.completions, prompts=r.prompts)
                 for name, function in (("reward", reward), ("judge", judge))
@@ -88,9 +92,7 @@ def evaluate_policy(
                         prompt_index=[start + i for i in index],
                         label=[part["label"][i] for i in index],
                         **rewards,
-                        kl_rb=kl_rb,
-                        kl_mc=kl_mc,
-                        ref_logprob=ref_logprob,
+                        **_score(policy, reference, r, profile.temperature),
                         length=r.completion_mask.sum(1).tolist(),
                         prompt=r.prompts,
                         completion=r.completions,
