@@ -205,7 +205,10 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> P
     try:
         config = PeftConfig.from_pretrained(folder)
         if config.peft_type is None:
-            raise InputError("its adapter_config.json has no `peft_type`.")
+            raise InputError(
+                f"`model` has the adapter {folder!r}, and loading it onto {given!r} failed: its "
+                "adapter_config.json has no `peft_type`."
+            )
         check_kind(config)
         _check_start(config, folder)
         with _quiet():

@@ -188,7 +188,7 @@ def _label(settings: Settings, comparison: Comparison, symbol: str = "KL") -> st
     )
     return f"{symbol}({first} || {second})"
 
-
+# %% ../nbs/compare/50_measure.ipynb #51a0c411
 def make_streams(
     sides: tuple[Side, Side],  # policy and reference
     texts: list,  # what `read_prompts` gives

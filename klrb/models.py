@@ -263,7 +263,7 @@ def load_model(
             module.p = 0.0
     return model.to(place).eval()
 
-
+# %% ../nbs/compare/41_models.ipynb #51a0c404
 def _read_weights(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     files = _files(name)
     with _loading(name):
@@ -351,7 +351,7 @@ def check_same_tokenizer(
                 "different tokens."
             )
 
-
+# %% ../nbs/compare/41_models.ipynb #51a0c406
 POSITION_FIELDS = (
     "max_position_embeddings",
     "n_positions",
@@ -396,7 +396,7 @@ def context_length(
         found = found - 1 - (text.pad_token_id or 0)
     return min((o for o in (found, _same_attention(text)) if o is not None), default=None)
 
-
+# %% ../nbs/compare/41_models.ipynb #51a0c407
 def check_fits(
     lengths: list[int],  # tokens of each prompt
     steps: int,  # tokens to generate at the most

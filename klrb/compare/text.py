@@ -152,7 +152,7 @@ def _document(row, where: str) -> str | list[int]:
             )
     return [int(o) for o in row]
 
-
+# %% ../../nbs/compare/49_text.ipynb #51a0c505
 def _token_ids(document: str | list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return (
         document
@@ -309,7 +309,7 @@ def _scored_rows(comparison: Comparison, batch: list[_Window], clock: Clock) -> 
         )
     )
 
-
+# %% ../../nbs/compare/49_text.ipynb #51a0c504
 def _around(
     tokens: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, reach: int = 12
 ) -> list[dict]:
