@@ -160,7 +160,8 @@ def test_parameter_check_finds_problems(tmp_path, tag, text, problem):
 
 # ---- modules ----
 
-LIBRARY = {"exact": set(), "errors": set(), "steps": set(), "estimators": {"steps"}, "gradients": {"steps"}, "fused": {"steps"}}  # what each may import
+LIBRARY = {"exact": set(), "errors": set(), "steps": set(), "estimators": {"steps"}, "gradients": {"steps"}, "fused": {"steps"},
+           "update": {"errors", "gradients", "steps"}}  # what each may import
 STUDY = {"study", "figures"}
 # The tool on top: it may use the library, the models, the figures and atomic writes, and nothing but the command line uses it
 PARTS = {"sequential": set(), "sources": {"models"}, "scoring": {"models", "sources"}, "text": {"report", "scoring", "sequential", "sources"},
