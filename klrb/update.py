@@ -133,11 +133,23 @@ def _reward_score(weights, policy_logprobs, old_logprobs, mask, max_ratio):
     return (logprob - logprob.detach()) * weights * ratio, ratio
 
 
+def _reward_centre(baseline, rewards, mask, prompt_ids):
+    "What is subtracted from each reward, (B,) or 0."
+    if isinstance(baseline, UpdateBaseline):
+        return baseline.rewards
+    if isinstance(baseline, str) and baseline == "loo":
+        return _leave_one_out(rewards[:, None], mask, prompt_ids)[:, 0]
+    if baseline is not None:
+        raise InputError("`baseline` must be 'loo', None or what `update_baseline` returns.")
+    return 0.0
+
+
 def _scale_gradient(values, share):
     "The same values; what flows back through them is multiplied by each rollout's share."
     if values is None:
         return None
-    scaled = values.detach() + share[:, None].to(values.dtype) * (values - values.detach())
+    values = values.to(share.dtype)  # a share would lose digits in bfloat16
+    scaled = values.detach() + share[:, None] * (values - values.detach())
     return torch.where(values.isfinite(), scaled, values)
 
 # %% ../nbs/03_update.ipynb #4469de6a
@@ -158,7 +170,8 @@ def update_surrogate(
 
     Unbiased for every coefficient that does not depend on the rollout it is applied to.
     """
-    mask = _check("rb" if step_kl is not None else "mc", mask, step_kl, None,
+    valued = "mc" if step_kl is None else "rb"  # the method of the logged KL
+    mask = _check(valued, mask, step_kl, None,
                   policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
     _check_beta(beta)
     if old_logprobs is None:
@@ -167,31 +180,22 @@ def update_surrogate(
     past = _per_rollout("past", coefficients.past, rewards)
     noise = _per_rollout("noise", coefficients.noise, rewards)
     shares = dict(rb=beta - past, rb_sequence=past - noise, mc=noise)  # eq. 4
-    if baseline == "loo":
-        centre = _leave_one_out(rewards[:, None], mask, prompt_ids)[:, 0]
-    elif isinstance(baseline, UpdateBaseline):
-        centre = baseline.rewards
-    elif baseline is None:
-        centre = 0.0
-    else:
-        raise InputError("`baseline` must be 'loo', None or what `update_baseline` returns.")
     options = dict(old_logprobs=old_logprobs, prompt_ids=prompt_ids, max_ratio=max_ratio)
-    value_method = "mc" if step_kl is None else "rb"
-    kl = kl_surrogate(value_method, policy_logprobs.detach(), ref_logprobs, mask,
+    kl = kl_surrogate(valued, policy_logprobs.detach(), ref_logprobs, mask,
                       None if step_kl is None else step_kl.detach(), baseline=None, **options)
+    centre = _reward_centre(baseline, rewards, mask, prompt_ids)
     score, ratio = _reward_score(rewards - centre, policy_logprobs, old_logprobs, mask, max_ratio)
     loss = -score.sum() / len(rewards)
     for method, share in shares.items():
-        if not (share != 0).any():
-            continue
-        kl_centre = getattr(baseline, method) if isinstance(baseline, UpdateBaseline) else baseline
-        loss = loss + kl_surrogate(
-            method, _scale_gradient(policy_logprobs, share), ref_logprobs, mask,
-            _scale_gradient(step_kl, share), baseline=kl_centre, **options)
+        if (share != 0).any():
+            loss = loss + kl_surrogate(
+                method, _scale_gradient(policy_logprobs, share), ref_logprobs, mask,
+                _scale_gradient(step_kl, share), **options,
+                baseline=getattr(baseline, method, baseline))
     value = beta * kl - (ratio * rewards).sum() / len(rewards)
     return loss - loss.detach() + value.detach()
 
-# %% ../nbs/03_update.ipynb #541d8490
+# %% ../nbs/03_update.ipynb #de1ea79b
 @torch.no_grad()
 def update_statistics(
     rewards: Tensor,  # reward of each rollout, (B,)
@@ -226,14 +230,14 @@ def update_statistics(
     weights = (1 - logp.exp()) * mask * (baseline.others > 0)[:, None]
     return torch.einsum("bt,bti,btj->bij", weights, features, features)
 
-# %% ../nbs/03_update.ipynb #5dad3b00
+# %% ../nbs/03_update.ipynb #0921e387
 class CoefficientFit:
     "Weighted least squares of eq. 6 over running sums: coefficients from rollouts seen earlier."
 
     def __init__(
         self,
         decay: float = 0.95,  # of the sums, per batch: ours, the memory is then about 20 batches
-        prior_rollouts: float = 1.0,  # ours: weight of the pull to rb, in rollouts of one nat each
+        prior_rollouts: float = 4.0,  # ours: weight of the pull to mc, in rollouts of one nat
     ):
         if not 0 <= decay < 1:
             raise InputError(f"`decay` is {decay}; it must be at least 0 and below 1.")
@@ -268,6 +272,9 @@ class CoefficientFit:
     ) -> UpdateCoefficients:  # one value per rollout, (B,) each
         "The fit to all earlier batches and to the other prompts of this one."
         statistics = self._checked(statistics)
+        if tuple(prompt_ids.shape) != (len(statistics),):
+            raise InputError(f"`prompt_ids` has shape {tuple(prompt_ids.shape)}; it must have one "
+                             f"entry per rollout, ({len(statistics)},).")
         group = prompt_ids.cpu().unique(return_inverse=True)[1]
         prompts = torch.zeros(int(group.max()) + 1, 5, 5, dtype=torch.float64)
         counts = torch.zeros(len(prompts), dtype=torch.float64)
@@ -288,6 +295,9 @@ class CoefficientFit:
         state: dict,  # of `state_dict`
     ) -> None:
         "Go on from a saved state, which must have been made with the same settings."
+        if set(state) != set(self.state_dict()):
+            raise InputError(f"`state` holds {', '.join(sorted(state))}; it must be what "
+                             "`state_dict` of a `CoefficientFit` returned.")
         for name in ("decay", "prior_rollouts"):
             if state.get(name) != getattr(self, name):
                 raise InputError(f"`state` was made with {name}={state.get(name)}, but this fit "
@@ -299,10 +309,11 @@ class CoefficientFit:
         "Coefficients (past, noise) from sums of products, (..., 2)."
         _check_beta(beta)
         weight = sums[..., 0, 0] / rollouts.double().clamp(min=1e-300)  # of one rollout
-        ridge = (self.prior_rollouts * weight)[..., None, None] * torch.eye(2, dtype=torch.float64)
-        target = sums[..., 3:, 1] - beta * sums[..., 3:, 2]
-        inverse = torch.linalg.pinv(sums[..., 3:, 3:] + ridge, hermitian=True)
-        return (inverse @ target[..., None])[..., 0]
+        ridge = (self.prior_rollouts * weight)[..., None]
+        target = sums[..., 3:, 1] - beta * sums[..., 3:, 2] + beta * ridge
+        products = sums[..., 3:, 3:] + ridge[..., None] * torch.eye(2)
+        inverse = torch.linalg.pinv(products, hermitian=True)
+        return (inverse @ target[..., None])[..., 0] * (rollouts > 0)[..., None]
 
     @staticmethod
     def _checked(statistics):
