@@ -311,7 +311,7 @@ class CoefficientFit:
         target = sums[..., 3:, 1] - beta * sums[..., 3:, 2] + beta * ridge
         products = sums[..., 3:, 3:] + ridge[..., None] * torch.eye(2)
         inverse = torch.linalg.pinv(products, hermitian=True)
-        return (inverse @ target[..., None])[..., 0] * (rollouts > 0)[..., None]
+        return (inverse @ target[..., None])[..., 0]
 
     @staticmethod
     def _checked(statistics):
