@@ -160,7 +160,7 @@ def test_parameter_check_finds_problems(tmp_path, tag, text, problem):
 
 # ---- modules ----
 
-LIBRARY = {"exact": set(), "errors": set(), "adapters": {"errors"}, "gguf_files": {"errors"}, "steps": set(), "estimators": {"steps"}, "gradients": {"steps"}, "fused": {"steps"}}  # what each may import
+LIBRARY = {"exact": set(), "errors": set(), "adapters": {"errors"}, "gguf_files": {"errors"}, "steps": set(), "estimators": {"steps"}, "gradients": {"steps"}, "update": {"errors", "gradients", "steps"}, "fused": {"steps"}}  # what each may import
 STUDY = {"study", "figures"}
 # The tool on top: it may use the library, the models, the figures and atomic writes, and nothing but the command line uses it
 PARTS = {"sequential": set(), "prompts": {"sources"}, "sources": {"models", "selfcheck"},
