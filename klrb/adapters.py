@@ -25,7 +25,7 @@ __all__ = ['KINDS', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_l
 # %% ../nbs/07_adapters.ipynb #5673663a
 KINDS = frozenset((
     "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA",
-    "GRALORA", "HIRA", "HRA", "IA3", "LILY", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
+    "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT",
     "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA",
     "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"))
 
@@ -148,7 +148,7 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel|None) -> Pef
     given = model.config.name_or_path or type(model).__name__
     try:
         config = PeftConfig.from_pretrained(folder)
-        if config.peft_type is None: raise ValueError("its adapter_config.json has no `peft_type`.")
+        if config.peft_type is None: raise InputError("its adapter_config.json has no `peft_type`.")
         check_kind(config)
         _check_start(config, folder)
         with _quiet():

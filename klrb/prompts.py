@@ -97,7 +97,7 @@ def _unique(pairs: list) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(o for o in names if names.count(o) > 1)!r} occurs twice")
+        raise InputError(f"the key {next(o for o in names if names.count(o) > 1)!r} occurs twice")
     return found
 
 def _json(text: str, where: str) -> Any:
