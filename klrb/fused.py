@@ -28,13 +28,14 @@ class LMHead:
     """
     weight: Tensor # (V, H)
     bias: Tensor|None = None # (V,); None: no bias
-    logit_scale: float = 1.0 # multiplies the logits: Cohere's `logit_scale`; 1 over Granite's `logits_scaling`
-    softcap: float|None = None # bound of the logits, after the scale: Gemma's `final_logit_softcapping`; None: no bound
+    logit_scale: float = 1.0 # multiplies the logits: Cohere's, or 1/Granite's `logits_scaling`
+    softcap: float|None = None # bounds them then: Gemma's `final_logit_softcapping`; None: no bound
 
     def __post_init__(self):
         weight, bias = self.weight, self.bias
         if not isinstance(weight, Tensor):
-            raise ValueError(f"`weight` is {type(weight).__name__}; it must be a floating-point tensor (V, H).")
+            raise ValueError(f"`weight` is {type(weight).__name__}; "
+                             "it must be a floating-point tensor (V, H).")
         if weight.ndim != 2 or not weight.is_floating_point():
             raise ValueError(f"`weight` is {weight.dtype} {tuple(weight.shape)}; "
                              "it must be a floating-point tensor (V, H).")
@@ -53,32 +54,32 @@ class LinearStepKL(NamedTuple):
     entropy: Tensor # of the policy's next-token distribution, in nats
 
 def linear_step_kl(
-    policy_hidden:Tensor, # last hidden states of the policy, at the positions that predict the completion, (B, T, H)
+    policy_hidden:Tensor, # policy's last hidden states, that predict the completion, (B, T, H)
     policy_head:LMHead|Tensor, # its LM head; a tensor (V, H) is the weight of a plain one
-    ref_hidden:Tensor, # the same of the reference, whose hidden size may differ, (B, T, H')
+    ref_hidden:Tensor, # the reference's, whose hidden size may differ, (B, T, H')
     ref_head:LMHead|Tensor, # its LM head
     completion_ids:Tensor, # sampled tokens, (B, T)
     temperature:float=1.0, # divides both models' logits; 1: as the models are
-    completion_mask:Tensor|None=None, # 1 on completion tokens up to and including EOS, else 0, (B, T); None: all 1
-    vocab_size:int|None=None, # real tokens; further rows of a padded head are left out. None: the heads' common height
+    completion_mask:Tensor|None=None, # 1 up to and including EOS, else 0, (B, T); None: all 1
+    vocab_size:int|None=None, # rows of padded heads beyond it are left out; None: their height
 )->LinearStepKL: # 0 at masked steps, where nothing is computed and no gradient flows
     """Step KL, log-probabilities and entropy from hidden states, without the logits.
 
     Differentiable once in both models' hidden states, weights and biases, where these require it.
     Sums in at least float32, whatever the inputs and autocast; on a CUDA device the products take
-    low-precision inputs as they are and give float32. Values as in `klrb.steps.step_kl`. Memory: some
-    tiles, numbers per step, and at most 2 `KEEP_UP_TO` kept logits. Raises `ValueError` or
-    `TypeError` on inputs that do not fit together; inside CUDA graphs and `torch.compile`, ids are
-    not looked at, and masked steps are computed too.
+    low-precision inputs as they are and give float32. Values as in `klrb.steps.step_kl`. Memory:
+    some tiles, numbers per step, and at most 2 `KEEP_UP_TO` kept logits. Raises `ValueError` or
+    `TypeError` on inputs that do not fit together. In CUDA graphs and in compiled code, ids are not
+    looked at, and masked steps are computed too.
     """
     heads = policy_head, ref_head = [o if isinstance(o, LMHead) else LMHead(o)
                                      for o in (policy_head, ref_head)]
     vocab_size = _check(policy_hidden, policy_head, ref_hidden, ref_head, completion_ids,
                         temperature, completion_mask, vocab_size)
     mask = None if completion_mask is None else completion_mask.bool()
-    policy_hidden, ref_hidden, ids = _rows(policy_hidden, ref_hidden, completion_ids, mask, vocab_size)
-    values = _LinearStepKL.apply(policy_hidden, policy_head.weight, policy_head.bias,
-                                 ref_hidden, ref_head.weight, ref_head.bias, ids, vocab_size,
+    policy_rows, ref_rows, ids = _rows(policy_hidden, ref_hidden, completion_ids, mask, vocab_size)
+    values = _LinearStepKL.apply(policy_rows, policy_head.weight, policy_head.bias,
+                                 ref_rows, ref_head.weight, ref_head.bias, ids, vocab_size,
                                  [Bend(o.logit_scale, o.softcap, temperature) for o in heads])
     return LinearStepKL(*(_spread_out(o, completion_ids.shape, mask) for o in values))
 
@@ -88,7 +89,8 @@ def _check(policy_hidden, policy_head, ref_hidden, ref_head, completion_ids, tem
     "The number of tokens, if everything fits together."
     shape, device = tuple(completion_ids.shape), completion_ids.device
     if completion_ids.is_floating_point():
-        raise TypeError(f"`completion_ids` has dtype {completion_ids.dtype}; it must hold integer token ids.")
+        raise TypeError(f"`completion_ids` has dtype {completion_ids.dtype}; "
+                        "it must hold integer token ids.")
     if len(shape) != 2:
         raise ValueError(f"`completion_ids` has shape {shape}; it must be (B, T).")
     _check_hidden("policy", policy_hidden, policy_head, shape)
@@ -97,7 +99,8 @@ def _check(policy_hidden, policy_head, ref_hidden, ref_head, completion_ids, tem
                   ref_hidden=ref_hidden, ref_head=ref_head.weight)
     for name, o in placed.items():
         if o.device != device:
-            raise ValueError(f"`{name}` is on {o.device} but `completion_ids` on {device}; move one of them.")
+            raise ValueError(f"`{name}` is on {o.device} but `completion_ids` on {device}; "
+                             "move one of them.")
     if completion_mask is not None and tuple(completion_mask.shape) != shape:
         raise ValueError(f"`completion_mask` has shape {tuple(completion_mask.shape)}; "
                          f"it must be that of `completion_ids`, {shape}.")
@@ -110,19 +113,21 @@ def _check_hidden(name, hidden, head, shape):
         raise TypeError(f"`{name}_hidden` has dtype {hidden.dtype}; it must be floating point.")
     width = head.weight.shape[1]
     if hidden.shape != (*shape, width):
-        raise ValueError(f"`{name}_hidden` has shape {tuple(hidden.shape)}; it must be (B, T, H) with "
-                         f"(B, T) = {shape} from `completion_ids` and H = {width} from `{name}_head`.")
+        raise ValueError(f"`{name}_hidden` has shape {tuple(hidden.shape)}; it must be (B, T, H) "
+                         f"with (B, T) = {shape} from `completion_ids` and H = {width} from "
+                         f"`{name}_head`.")
 
 def _check_vocabulary(policy_height, ref_height, vocab_size):
     if vocab_size is None and policy_height != ref_height:
-        raise ValueError(f"`policy_head` has {policy_height:,} tokens and `ref_head` {ref_height:,}. If both "
-                         "models have one tokenizer and padded heads, give its length as `vocab_size`; "
-                         "the rows beyond it are then excluded from both.")
+        raise ValueError(f"`policy_head` has {policy_height:,} tokens and `ref_head` "
+                         f"{ref_height:,}. If both models have one tokenizer and padded heads, give its length as "
+                         "`vocab_size`; the rows beyond it are then excluded from both.")
     if vocab_size is None:
         return policy_height
     lower = min(policy_height, ref_height)
     if not 1 <= vocab_size <= lower:
-        raise ValueError(f"`vocab_size` is {vocab_size}; it must be from 1 to {lower}, the lower head.")
+        raise ValueError(f"`vocab_size` is {vocab_size}; it must be from 1 to {lower}, "
+                         "the lower head.")
     return vocab_size
 
 def _must_not_wait(ids):
@@ -135,8 +140,8 @@ def _rows(policy_hidden, ref_hidden, ids, mask, vocab_size):
         rows = [o.reshape(-1, *o.shape[2:]) if mask is None else o[mask]
                 for o in (policy_hidden, ref_hidden, ids)]
         if ((rows[2] < 0) | (rows[2] >= vocab_size)).any():
-            raise ValueError(f"`completion_ids` has tokens outside 0 to {vocab_size - 1} at unmasked steps; "
-                             "mask padding.")
+            raise ValueError(f"`completion_ids` has tokens outside 0 to {vocab_size - 1} at "
+                             "unmasked steps; mask padding.")
         return rows
     if mask is not None:
         policy_hidden, ref_hidden = (o.masked_fill(~mask[..., None], 0.)
@@ -156,8 +161,8 @@ def _spread_out(values, shape, mask):
 def _combine(sums, dtype):
     """Eq. 1: the sums of all tiles, (tiles, rows, 9) made in `dtype`, as sums over the vocabulary.
 
-    The new origins are the largest logit, and the one for which c is the mean of z - u under p, as a
-    number of `dtype`. It stays within reach of the tiles' own, so that nothing overflows.
+    The new origins are the largest logit, and the one for which c is the mean of z - u under p, as
+    a number of `dtype`. It stays within reach of the tiles' own, so that nothing overflows.
     """
     tiles = TileSums(*sums.double().unbind(-1))  # (tiles, rows) each
     shift = (sums[..., 0] - sums[..., 1]).double()  # c of each tile, rounded as it was there
@@ -182,9 +187,9 @@ def _combine(sums, dtype):
     return TileSums(*(o[:, None] for o in moved))
 
 # %% ../nbs/04_fused.ipynb #4b06c6f1
-TILE_ROWS, TILE_SIZE = 1024, 2**19 # tokens, and elements, of a tile on a CPU: ours, from the curve below
-CUDA_TILE_ROWS, CUDA_TILE_SIZE = 4096, 2**24 # the same on a CUDA device, at most: ours, from experiments/gpu
-KEEP_UP_TO = 2**22 # elements of one model's logits that are kept for the backward pass: 16 MB in float32, some tiles' worth
+TILE_ROWS, TILE_SIZE = 1024, 2**19 # tokens, and elements, of a tile on a CPU: the curve below
+CUDA_TILE_ROWS, CUDA_TILE_SIZE = 4096, 2**24 # the same on a CUDA device: tests/gpu_speed.py
+KEEP_UP_TO = 2**22 # elements of one model's logits that are kept for the backward pass, ours: 16 MB
 
 class Bend(NamedTuple):
     "What comes after a head's product."
@@ -210,11 +215,11 @@ class Side(NamedTuple):
     bend: Bend
 
     def product_dtypes(self, dtype:torch.dtype)->tuple[torch.dtype, torch.dtype]:
-        """Dtypes of the factors where logits are made, and where gradients are; results are in `dtype`.
+        """Dtypes of the factors of the logits, and of the gradients; results are in `dtype`.
 
-        CUDA multiplies low-precision factors exactly and adds them up in float32. The factors of the
-        logits are given so; of those of the gradients, one is rounded to bfloat16, as in the backward
-        pass of every head in bfloat16. In float16 small gradients would become 0.
+        CUDA multiplies low-precision factors exactly and adds them up in float32. The factors of
+        the logits are given so. Of those of the gradients one is rounded to bfloat16, as in the
+        backward pass of every head in bfloat16; in float16, small ones would become 0.
         """
         own = self.hidden.dtype
         if not self.hidden.is_cuda or own != self.weight.dtype or dtype != torch.float32:
@@ -228,15 +233,18 @@ def _exact_products(device):
     with torch.autocast(device.type, enabled=False):
         kind = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
         setting = getattr(kind, "matmul", None)
-        before = getattr(setting, "fp32_precision", "none")
-        if before in ("none", "ieee") or torch.compiler.is_compiling():
+        name, exact = "fp32_precision", "ieee"
+        if not hasattr(setting, name):  # before torch 2.9
+            name, exact = "allow_tf32", False
+        before = getattr(setting, name, exact)
+        if before in ("none", exact) or torch.compiler.is_compiling():
             yield
             return
-        setting.fp32_precision = "ieee"
+        setattr(setting, name, exact)
         try:
             yield
         finally:
-            setting.fp32_precision = before
+            setattr(setting, name, before)
 
 def _cuts(n, size):
     return [slice(o, min(o + size, n)) for o in range(0, n, size)]
@@ -245,7 +253,7 @@ def _tiles(rows, vocab_size, device):
     "Slices of the tokens, and of the vocabulary."
     if device.type == "cpu":
         height, size = min(rows, TILE_ROWS), TILE_SIZE
-    else:  # both models' tiles take 6 % of the memory of one model's float32 logits, if those are many
+    else:  # both models' tiles take 6 % of one model's logits in float32, where those are many
         height = min(rows, CUDA_TILE_ROWS)
         size = min(max(rows * vocab_size // 32, 2**22), CUDA_TILE_SIZE)
     return _cuts(rows, max(1, height)), _cuts(vocab_size, max(1, size // max(1, height)))
@@ -288,7 +296,8 @@ def _forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_wei
     rows, columns = _tiles(len(ids), vocab_size, ids.device)
     keep, kept = size <= KEEP_UP_TO and any(ctx.needs_input_grad), []
     memory = [_largest_tile(rows, columns, dtype, ids.device) for _ in sides]
-    parts = [TileSums(*torch.zeros(9, 0, 1, dtype=torch.float64, device=ids.device))]  # no step at all
+    none = torch.zeros(9, 0, 1, dtype=torch.float64, device=ids.device)
+    parts = [TileSums(*none)]  # so that no step at all works
     with _exact_products(ids.device):
         for r in rows:
             sums = torch.empty(len(columns), r.stop - r.start, 9, dtype=dtype, device=ids.device)
@@ -324,26 +333,26 @@ def _row_weights(stats, upstream, dtype, policy_slope, ref_slope):
               - upstream.entropy * (stats.entropy - stats.zp.log()))
     policy, ref = policy_slope / stats.zp, ref_slope
     return RowWeights(
-        top_p=stats.top_p, shift=shift, by_delta=by_kl * policy, by_logit=-upstream.entropy * policy,
-        by_one=by_one * policy, log_zp=stats.log_zp, log_zq=stats.log_zq, log_ratio=ratio,
+        top_p=stats.top_p, shift=shift, by_delta=by_kl * policy,
+        by_logit=-upstream.entropy * policy, by_one=by_one * policy,
+        log_zp=stats.log_zp, log_zq=stats.log_zq, log_ratio=ratio,
         by_kl=by_kl * ref, by_q=upstream.ref_logprobs * ref,
         policy_token=upstream.policy_logprobs * policy_slope, ref_token=upstream.ref_logprobs * ref,
     ).each(operator.methodcaller("to", dtype))
 
 class SideGrads:
-    "Gradients of one model, summed tile by tile: all rows of one tile's columns, then the next columns."
+    "Gradients of one model, summed tile by tile: all rows of some columns, then the next columns."
 
     def __init__(self, side:Side, needed:tuple[bool, ...], dtype:torch.dtype, columns:list[slice]):
         self.side, self.wanted = side, any(needed)
         self.logit_dtype, self.dtype = side.product_dtypes(dtype)
-        make = dict(device=side.hidden.device)
-        height, width = side.weight.shape
-        self.hidden = torch.zeros(side.hidden.shape, dtype=dtype, **make) if needed[0] else None
-        self.weight = torch.zeros(height, width, dtype=side.weight.dtype, **make) if needed[1] else None
-        self.bias = torch.zeros(height, dtype=dtype, **make) if needed[2] else None
+        kinds = dtype, side.weight.dtype, dtype
+        self.hidden, self.weight, self.bias = (
+            torch.zeros(o.shape, dtype=kind, device=o.device) if wanted else None
+            for o, kind, wanted in zip(side, kinds, needed))
         self.part = None  # of the weight's gradient, summed in `dtype`; None: in place
         if needed[1] and side.weight.dtype != dtype:
-            self.part = torch.empty(columns[0].stop, width, dtype=dtype, **make)
+            self.part = self.weight.new_empty(columns[0].stop, self.weight.shape[1], dtype=dtype)
         self.factors = side.hidden.to(self.logit_dtype)
         self.own_factors = self.factors.to(self.dtype) if self.wanted else None
 
@@ -353,6 +362,10 @@ class SideGrads:
         self.rows_of_weight = self.side.weight[columns].to(self.logit_dtype)
         if self.wanted:
             self.own_rows_of_weight = self.rows_of_weight.to(self.dtype)
+
+    def logits(self, out:Tensor, rows:slice)->Tensor:
+        "The tile's logits, again."
+        return _logits(out, self.factors[rows], self.rows_of_weight, self.side, self.columns)
 
     def add(self, grad:Tensor, rows:slice):
         "Add a tile's share."
@@ -364,8 +377,9 @@ class SideGrads:
             self.bias[self.columns] += grad.sum(0, dtype=self.bias.dtype)
 
     def _weight_part(self):
-        columns = self.columns
-        return self.weight[columns] if self.part is None else self.part[:columns.stop - columns.start]
+        if self.part is None:
+            return self.weight[self.columns]
+        return self.part[:self.columns.stop - self.columns.start]
 
     def finish(self):
         "The columns are complete."
@@ -384,7 +398,7 @@ class Saved(NamedTuple):
     ref: Side
     ids: Tensor # (rows,)
     stats: StepStats
-    logits: list[tuple[Tensor, Tensor]] # of both models, tile by tile, columns before rows; empty: not kept
+    logits: list[tuple[Tensor, Tensor]] # of both models, all tiles of a row first; empty: not kept
 
     @classmethod
     def of(cls, tensors:tuple[Tensor, ...], bends:list[Bend])->"Saved":
@@ -405,8 +419,8 @@ def _backward(ctx, *grads):
     totals = [SideGrads(side, needed, dtype, columns)
               for side, needed in zip(sides, (ctx.needs_input_grad[:3], ctx.needs_input_grad[3:6]))]
     memory = [_largest_tile(rows, columns, dtype, ids.device) for _ in sides]
-    spare = {o: _largest_tile(rows, columns, o, ids.device) for o in {t.dtype for t in totals if t.wanted}}
-    functions = compilable_policy_grad, compilable_ref_grad
+    kinds = {o.dtype for o in totals if o.wanted}
+    spare = {kind: _largest_tile(rows, columns, kind, ids.device) for kind in kinds}
     large = len(ids) * ctx.vocab_size >= COMPILE_FROM
     with _exact_products(ids.device):
         for j, c in enumerate(columns):
@@ -416,13 +430,12 @@ def _backward(ctx, *grads):
                 if saved.logits:
                     logits = saved.logits[i * len(columns) + j]
                 else:
-                    logits = [_logits(_view(o, r, c), t.factors[r], t.rows_of_weight, t.side, c)
-                              for o, t in zip(memory, totals)]
-                for total, function in zip(totals, functions):
+                    logits = [total.logits(_view(o, r, c), r) for o, total in zip(memory, totals)]
+                tile = *logits, weights[i], ids[r, None] - c.start
+                for total, function in zip(totals, (compilable_policy_grad, compilable_ref_grad)):
                     if total.wanted:
                         grad = _view(spare[total.dtype], r, c)
-                        function(*logits, weights[i], grad, ids[r, None] - c.start, total.side.bend.bend,
-                                 large=large)
+                        function(*tile, grad, total.side.bend.bend, large=large)
                         total.add(grad, r)
             for total in totals:
                 total.finish()

@@ -85,11 +85,12 @@ def step_kl(
 )->Tensor: # KL(policy || reference) in nats at each prefix, (B, T)
     """Exact next-token KL at every prefix (eqs. 5 and 7), in at least float32.
 
-    Differentiable once in both arguments. Never negative; 0 for equal logits; `inf` where the policy
-    puts mass on a token that the reference excludes (logit `-inf`). A step with a NaN or `+inf` logit,
-    or with every token excluded, gives NaN. A step whose KL is not finite passes no gradient on, so
-    that garbage in masked positions stays there. Divide both logits by the temperature first if there
-    is one. No temporary grows with B or T. Large inputs run through `torch.compile` where it works.
+    Differentiable once in both arguments. Never negative; 0 for equal logits; `inf` where the
+    policy puts mass on a token that the reference excludes (logit `-inf`). A step with a NaN or
+    `+inf` logit, or with every token excluded, gives NaN. A step whose KL is not finite passes no
+    gradient on, so that garbage in masked positions stays there. Divide both logits by the
+    temperature first if there is one. No temporary grows with B or T. Large inputs run through
+    `torch.compile` where it works.
     """
     check_float(policy_logits=policy_logits, ref_logits=ref_logits)
     if policy_logits.device != ref_logits.device:
@@ -139,11 +140,10 @@ def tile_sums(policy_logits, ref_logits, column=None):
     e = picks = torch.zeros_like(m)
     picks = picks, picks
     if column is not None:
-        e = _weigh(p, x, largest).sum(-1, True)
+        e = _total(_weigh(p, x, largest))
         here, local = _inside(column, a.shape[-1])
         picks = (torch.where(here, o.gather(1, local), 0.) for o in (a, b))
-    zp, zq = p.sum(-1, True), q.sum(-1, True)
-    return torch.cat(TileSums(top_p, org_q, zp, zq, m, s, e, *picks), -1)
+    return torch.cat(TileSums(top_p, org_q, _total(p), _total(q), m, s, e, *picks), -1)
 
 def _inside(column, width):
     "Whether a token's column is in the tile, and the column, or 0."
@@ -155,17 +155,21 @@ SAMPLE, OF = 32, 512 # so many tokens in a row of so many are looked at for the 
 def _offset(p, apart, shift):
     "About the mean of z - u - shift under p, from part of a long vocabulary."
     blocks = p.shape[-1] // OF
-    part = blocks >= 8
-    if part:
-        p, apart = (o[:, :blocks * OF].unflatten(-1, (blocks, OF))[..., :SAMPLE].flatten(1)
+    if blocks < 8:
+        total, mass = _total(_weigh(p, apart - shift)), _total(p)
+    else:  # and the top token, where z - u - shift is small most often
+        p, apart = (o[:, :blocks * OF].unflatten(-1, (blocks, OF))[..., :SAMPLE]
                     for o in (p, apart))
-    known = 1. if part else 0.  # the top token, where z - u - shift is small most often
-    weight = OF / SAMPLE if part else 1.
-    total = torch.where(p > 0, p * (apart - shift), 0.).sum(-1, True) * weight
-    mean = total / (known + p.sum(-1, True) * weight)
-    return torch.nan_to_num(mean, nan=0.).clamp(-30, 30)  # q stays in the range of float32
+        total = _weigh(p, apart - shift[..., None]).sum((-2, -1))[:, None] * (OF / SAMPLE)
+        mass = 1 + p.sum((-2, -1))[:, None] * (OF / SAMPLE)
+    return torch.nan_to_num(total / mass, nan=0.).clamp(-30, 30)  # q stays in float32's range
 
-def _weigh(p, x, largest):
+def _total(x):
+    "Sum of each row. Compiled code for a CPU adds one by one, where float32 would lose digits."
+    wide = torch.compiler.is_compiling() and x.device.type == "cpu"
+    return x.sum(-1, True, dtype=torch.float64).to(x.dtype) if wide else x.sum(-1, True)
+
+def _weigh(p, x, largest=torch.inf):
     "p x, with 0 where p is 0."
     return p * x if largest < torch.inf else torch.where(p > 0, p * x, 0.)
 
@@ -178,12 +182,12 @@ def _moments(p, q, delta, largest):
         terms = (torch.expm1(-delta.double()) + delta).float().mul_(p)
     else:
         terms = torch.where(delta.abs() < 0.5, p * _e2_near(delta), q - p + p_delta)  # eq. 6
-    return -p_delta.sum(-1, True), terms.sum(-1, True)
+    return -_total(p_delta), _total(terms)
 
 def _e2_near(delta, largest=0.5):
     "e2(-δ) for |δ| <= 1/2 from its series, with as many terms as the rounding can see."
     terms = 16 if delta.dtype == torch.float64 else 4 if largest < 2**-6 else 8
-    series = delta / math.factorial(terms) * (-1)**terms
+    series = delta / math.factorial(terms)
     for k in range(terms - 1, 1, -1):
         series.add_((-1)**k / math.factorial(k)).mul_(delta)
     return series.mul_(delta)
@@ -241,11 +245,11 @@ class RowWeights(NamedTuple):
         "With `function` of every field that is not None."
         return RowWeights(*(o if o is None else function(o) for o in self))
 
-def policy_grad(policy_logits, ref_logits, rows, out, column=None, bend=0.):
+def policy_grad(policy_logits, ref_logits, rows, column, out, bend=0.):
     """Write p (by_delta δ + by_logit x + by_one) to `out`, x the logit below its maximum.
 
-    At `column`, where that is in the tile, `policy_token` is added. Then comes the slope of a
-    soft-cap, 1 - (bend z)²; `bend` is 1/softcap, or 0.
+    At `column`, where that is in the tile, `policy_token` is added; None: nowhere. Then comes the
+    slope of a soft-cap, 1 - (bend z)²; `bend` is 1/softcap, or 0.
     """
     dtype = rows.top_p.dtype
     a, b = policy_logits.to(dtype), ref_logits.to(dtype)
@@ -261,13 +265,15 @@ def policy_grad(policy_logits, ref_logits, rows, out, column=None, bend=0.):
     value = p.mul_(weight) if plain else torch.where(p > 0, p * weight, 0.)
     _write(value, out, column, rows.policy_token, a, bend)
 
-def ref_grad(policy_logits, ref_logits, rows, out, column=None, bend=0.):
+def ref_grad(policy_logits, ref_logits, rows, column, out, bend=0.):
     "Write by_kl (q - p) - by_q q to `out`, with token and slope as in `policy_grad`."
     dtype = rows.log_zp.dtype
     a, b = policy_logits.to(dtype), ref_logits.to(dtype)
     p, q = (a - rows.log_zp).exp(), (b - rows.log_zq).exp()
     d = (a - b) - rows.shift + rows.log_ratio
-    excess = torch.where(d.abs() < 0.5, p * torch.expm1(-d), q - p)  # eq. 9
+    compiled = torch.compiler.is_compiling()  # on a CPU, its expm1 is exp - 1 and has no digits
+    near = _e2_near(d) - d if compiled else torch.expm1(-d)
+    excess = torch.where(d.abs() < 0.5, p * near, q - p)  # eq. 9
     value = rows.by_kl * excess
     if rows.by_q is not None:
         value -= rows.by_q * q
@@ -283,7 +289,8 @@ def _write(value, out, column, by_token, logits, bend):
     out.copy_(value * (1 - (logits * bend)**2) if bend else value)
 
 # %% ../nbs/01_steps.ipynb #f953b63e
-COMPILE_FROM = 2**22 # elements, ours: eager code takes some 0.1 s more on one core, so 100 calls or so repay the compilation
+# Elements, ours: eager code takes 0.1 s more on one core, so some 100 calls repay the compilation
+COMPILE_FROM = 2**22
 
 class Compilable:
     "Calls `function`, through `torch.compile` when `large` and possible."
@@ -346,7 +353,7 @@ class _StepKL(torch.autograd.Function):
         policy, ref = (torch.empty(o.shape, dtype=o.dtype, device=o.device) if needed else None
                        for o, needed in zip((a, b), ctx.needs_input_grad))
         for rows in _row_slices(a, large):
-            chunk = a[rows], b[rows], weights.each(operator.itemgetter(rows))
+            chunk = a[rows], b[rows], weights.each(operator.itemgetter(rows)), None
             if policy is not None:
                 compilable_policy_grad(*chunk, policy[rows], large=large)
             if ref is not None:
