@@ -306,7 +306,8 @@ def _forward(ctx, policy_hidden, policy_weight, policy_bias, ref_hidden, ref_wei
                 views = [_view(torch.empty_like(o) if keep else o, r, c) for o in memory]
                 a, b = (_logits(view, o, side.weight[c].to(o.dtype), side, c)
                         for view, o, side in zip(views, factors, sides))
-                out.copy_(compilable_sums(a, b, ids[r, None] - c.start, large=size >= COMPILE_FROM))
+                tile = compilable_sums(a, b, ids[r, None] - c.start, large=size >= COMPILE_FROM)
+                torch.cat(tile, -1, out=out)
                 kept += [a, b] if keep else []
             parts.append(_combine(sums, dtype))
     sums = TileSums(*(torch.cat(o) for o in zip(*parts)))

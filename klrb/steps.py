@@ -112,19 +112,19 @@ class TileSums(NamedTuple):
     zq: Tensor # sum of q
     m: Tensor # sum of -p δ
     s: Tensor # sum of p e2(-δ)
-    e: Tensor # sum of p (z - top_p), for the entropy; 0 if not wanted
-    policy_pick: Tensor # policy logit of the step's token, 0 if that is not in the tile
-    ref_pick: Tensor # the same of the reference
+    e: Tensor|None = None # sum of p (z - top_p), for the entropy; None: not wanted
+    policy_pick: Tensor|None = None # policy logit of the step's token, 0 if that is not in the tile
+    ref_pick: Tensor|None = None # the same of the reference
 
 def sum_dtype(*dtypes:torch.dtype)->torch.dtype:
     "Dtype of the sums: the widest given, at least float32."
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 def tile_sums(policy_logits, ref_logits, column=None):
-    """The fields of `TileSums`, (rows, 9).
+    """The sums of eq. 7 over a tile.
 
-    `column` is that of each step's token in the tile, or beyond it, (rows, 1). Without it only the
-    KL is wanted.
+    `column` is that of each step's token in the tile, or beyond it, (rows, 1). None: only the KL is
+    wanted.
     """
     dtype = sum_dtype(policy_logits.dtype, ref_logits.dtype)
     a, b = policy_logits.to(dtype), ref_logits.to(dtype)
@@ -137,13 +137,12 @@ def tile_sums(policy_logits, ref_logits, column=None):
     q = (b - org_q).exp()
     largest = _largest(delta)
     m, s = _moments(p, q, delta, largest)
-    e = picks = torch.zeros_like(m)
-    picks = picks, picks
-    if column is not None:
-        e = _total(_weigh(p, x, largest))
-        here, local = _inside(column, a.shape[-1])
-        picks = (torch.where(here, o.gather(1, local), 0.) for o in (a, b))
-    return torch.cat(TileSums(top_p, org_q, _total(p), _total(q), m, s, e, *picks), -1)
+    sums = TileSums(top_p, org_q, _total(p), _total(q), m, s)
+    if column is None:
+        return sums
+    here, local = _inside(column, a.shape[-1])
+    picks = (torch.where(here, o.gather(1, local), 0.) for o in (a, b))
+    return TileSums(*sums[:6], _total(_weigh(p, x, largest)), *picks)
 
 def _inside(column, width):
     "Whether a token's column is in the tile, and the column, or 0."
@@ -209,7 +208,7 @@ class StepStats(NamedTuple):
     zp: Tensor # sum of exp(z - top_p)
     log_zp: Tensor # log-normaliser of the policy's logits
     log_zq: Tensor # log-normaliser of the reference's logits
-    entropy: Tensor # of the policy, in nats, if it was wanted
+    entropy: Tensor|None # of the policy, in nats; None: not wanted
 
 def finish_sums(sums:TileSums, dtype:torch.dtype)->StepStats:
     "Eq. 7 from the sums over the vocabulary, made in `dtype` and given in float64."
@@ -222,7 +221,7 @@ def finish_sums(sums:TileSums, dtype:torch.dtype)->StepStats:
     kl = torch.where(y.abs() < 0.5, near, log_ratio - m / zp).clamp(min=0.)
     comparable = log_zp.isfinite() & log_zq.isfinite()  # else NaN, +inf or nothing but -inf
     kl = kl.masked_fill(~comparable, torch.nan)
-    entropy = zp.log() - sums.e / zp
+    entropy = None if sums.e is None else zp.log() - sums.e / zp
     return StepStats(kl, log_ratio, sums.top_p, shift, zp, log_zp, log_zq, entropy)
 
 # %% ../nbs/01_steps.ipynb #f0492454
@@ -337,9 +336,9 @@ class _StepKL(torch.autograd.Function):
         ctx.dtype = sum_dtype(policy_logits.dtype, ref_logits.dtype)
         large = policy_logits.numel() >= COMPILE_FROM
         a, b = (o.reshape(-1, o.shape[-1]) for o in (policy_logits, ref_logits))
-        sums = torch.cat([compilable_sums(a[rows], b[rows], large=large)
-                          for rows in _row_slices(a, large)])
-        stats = finish_sums(TileSums(*sums.double().split(1, -1)), ctx.dtype)
+        parts = [compilable_sums(a[rows], b[rows], large=large)[:6]
+                 for rows in _row_slices(a, large)]
+        stats = finish_sums(TileSums(*(torch.cat(o).double() for o in zip(*parts))), ctx.dtype)
         ctx.save_for_backward(policy_logits, ref_logits, *stats)
         return stats.kl.to(ctx.dtype).view(policy_logits.shape[:-1])
 
