@@ -131,7 +131,7 @@ def tile_sums(policy_logits, ref_logits, column=None):
     lowest = torch.finfo(dtype).min / 4  # a finite origin, also where every token is excluded
     top_p, top_q = (o.amax(-1, True).clamp(min=lowest) for o in (a, b))
     x, delta = a - top_p, a - b  # logits first: the difference of close floats is exact
-    p = x.exp()
+    p = x.exp_() if column is None else x.exp()
     org_q = top_q - _offset(p, delta, top_p - top_q)
     delta -= top_p - org_q
     q = (b - org_q).exp()
@@ -178,7 +178,8 @@ def _moments(p, q, delta, largest):
     if largest < 0.5:
         terms = _e2_near(delta, largest).mul_(p)
     elif largest < 80 and p.dtype == torch.float32:  # float64 keeps enough digits
-        terms = (torch.expm1(-delta.double()) + delta).float().mul_(p)
+        minus = delta.double().neg_()
+        terms = torch.expm1(minus).sub_(minus).float().mul_(p)
     else:
         terms = torch.where(delta.abs() < 0.5, p * _e2_near(delta), q - p + p_delta)  # eq. 6
     return -_total(p_delta), _total(terms)
@@ -260,7 +261,10 @@ def policy_grad(policy_logits, ref_logits, rows, column, out, bend=0.):
     weight = (weight * rows.by_delta).add_(rows.by_one)
     if rows.by_logit is not None:
         weight += rows.by_logit * x
-    p = x.exp()
+    p = x.exp_()
+    if plain and column is None and out.dtype == dtype:
+        torch.mul(p, weight, out=out)
+        return
     value = p.mul_(weight) if plain else torch.where(p > 0, p * weight, 0.)
     _write(value, out, column, rows.policy_token, a, bend)
 
