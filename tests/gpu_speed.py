@@ -5,6 +5,7 @@
 Writes `gpu.csv` and `environment.json` after every measurement. Needs torch only; TRL's kernel and
 transformers are measured where they can be imported.
 """
+
 import argparse
 import csv
 import json
@@ -26,8 +27,24 @@ from klrb.fused import linear_step_kl  # noqa: E402
 from klrb.steps import step_kl  # noqa: E402
 
 SHAPES = [(768, 576, 49152), (4096, 2048, 151936), (8192, 4096, 128256)]  # tokens, H, V
-FIELDS = ["card", "part", "what", "dtype", "tokens", "hidden", "vocab", "direction", "median_ms",
-          "iqr_ms", "repeats", "extra_mb", "rate", "unit", "error", "note"]
+FIELDS = [
+    "card",
+    "part",
+    "what",
+    "dtype",
+    "tokens",
+    "hidden",
+    "vocab",
+    "direction",
+    "median_ms",
+    "iqr_ms",
+    "repeats",
+    "extra_mb",
+    "rate",
+    "unit",
+    "error",
+    "note",
+]
 FORWARD, BOTH = DIRECTIONS = ["forward", "forward + backward"]
 DEVICE, GEN = "cuda", None  # set by `main`
 
@@ -65,7 +82,7 @@ def milliseconds(call):
 
 
 def peak_memory(call, inputs):
-    "Peak of the allocator during a call, beyond what was there and the gradients left behind, in MB."
+    "Peak of the allocator in a call, beyond what was there and the gradients left, in MB."
     if DEVICE == "cpu":
         call()
         return math.nan
@@ -79,8 +96,9 @@ def peak_memory(call, inputs):
     return (torch.cuda.max_memory_allocated() - before - left) / 1e6
 
 
-def measure(call, inputs=(), repeats=20, seconds=0.7):
+def measure(call, inputs=(), repeats=20, seconds=0.5):
     "Median and interquartile range in ms, and peak memory beyond inputs and gradients in MB."
+
     def clear():
         for o in inputs:
             o.grad = None
@@ -98,7 +116,7 @@ def measure(call, inputs=(), repeats=20, seconds=0.7):
     return dict(median_ms=q[1], iqr_ms=q[2] - q[0], repeats=len(times), extra_mb=extra)
 
 
-def attempt(table, call, inputs=(), work=None, seconds=0.7, **labels):
+def attempt(table, call, inputs=(), work=None, seconds=0.5, **labels):
     "Measure `call` and write a row, also when there is too little memory or time, or a fault."
     if table.left() < 0:
         return
@@ -122,6 +140,7 @@ def short(fault):
 
 
 # ---- methods ----
+
 
 def paper(policy_logits, ref_logits):
     logp, logq = policy_logits.log_softmax(-1), ref_logits.log_softmax(-1)
@@ -165,6 +184,7 @@ def both(function, inputs, backward):
 
 # ---- inputs ----
 
+
 def randn(*shape):
     return torch.randn(*shape, device=DEVICE, generator=GEN)
 
@@ -194,28 +214,45 @@ def name_of(dtype):
 
 def cases(options):
     for dtype in (getattr(torch, o) for o in options.dtypes.split(",")):
-        for shape in SHAPES[:2 if dtype == torch.float32 else 3]:
+        for shape in SHAPES[: 2 if dtype == torch.float32 else 3]:
             yield shape, dtype
 
 
 # ---- parts ----
 
+
 def copy_part(table, options):
     x = torch.zeros(2**31 if DEVICE == "cuda" else 2**20, dtype=torch.uint8, device=DEVICE)
     y = torch.empty_like(x)
-    attempt(table, lambda: y.copy_(x), work=2 * x.nbytes / 1e12, unit="TB/s", part="copy",
-            what="copy of 2 GiB")
+    attempt(
+        table,
+        lambda: y.copy_(x),
+        work=2 * x.nbytes / 1e12,
+        unit="TB/s",
+        part="copy",
+        what="copy of 2 GiB",
+    )
     for dtype in (torch.bfloat16, torch.float32):
         n = 8192 if DEVICE == "cuda" else 64
         a = randn(n, n).to(dtype)
-        attempt(table, lambda: a @ a, work=2 * n**3 / 1e12, unit="TFLOP/s", part="copy",
-                what="product of 8192", dtype=name_of(dtype))
+        attempt(
+            table,
+            lambda: a @ a,
+            work=2 * n**3 / 1e12,
+            unit="TFLOP/s",
+            part="copy",
+            what="product of 8192",
+            dtype=name_of(dtype),
+        )
 
 
 def errors_part(table, options):
     "Error of values and gradients against float64, from the same bfloat16 inputs."
-    methods = dict(paper=partial(head_then, paper), paper_float32=partial(head_then, paper_float32),
-                   linear_step_kl=ours)
+    methods = dict(
+        paper=partial(head_then, paper),
+        paper_float32=partial(head_then, paper_float32),
+        linear_step_kl=ours,
+    )
     for scale in (0.1, 0.001):
         shape = (256, 1024, 16384) if DEVICE == "cuda" else (8, 16, 300)
         inputs = hidden_inputs(*shape, torch.bfloat16, scale)
@@ -233,8 +270,14 @@ def errors_part(table, options):
         for what, values in found.items():
             for name, want in targets.items():
                 error = ((values[name].double() - want).norm() / want.norm()).item()
-                table.add(part="errors", what=what, direction=name, dtype="bfloat16", error=error,
-                          note=f"KL {truth.mean():.2e}")
+                table.add(
+                    part="errors",
+                    what=what,
+                    direction=name,
+                    dtype="bfloat16",
+                    error=error,
+                    note=f"KL {truth.mean():.2e}",
+                )
 
 
 def logits_part(table, options):
@@ -244,9 +287,19 @@ def logits_part(table, options):
         for direction in DIRECTIONS:
             moved = inputs[0].nbytes * (5 if direction == BOTH else 2)
             for what, f in methods.items():
-                attempt(table, lambda: both(f, inputs, direction == BOTH), inputs[:1],
-                        work=moved / 1e12, unit="TB/s", part="logits", what=what,
-                        dtype=name_of(dtype), tokens=tokens, vocab=vocab, direction=direction)
+                attempt(
+                    table,
+                    lambda: both(f, inputs, direction == BOTH),
+                    inputs[:1],
+                    work=moved / 1e12,
+                    unit="TB/s",
+                    part="logits",
+                    what=what,
+                    dtype=name_of(dtype),
+                    tokens=tokens,
+                    vocab=vocab,
+                    direction=direction,
+                )
         del inputs
         torch._dynamo.reset()
 
@@ -265,25 +318,44 @@ def floor_rows(table, inputs, labels):
 
     calls = {2: forward, 4: lambda: (forward(), back()), 6: lambda: (forward(), forward(), back())}
     for products, call in calls.items():
-        attempt(table, call, work=products * flops, unit="TFLOP/s", what=f"floor, {products} products",
-                direction=FORWARD if products == 2 else BOTH, **labels)
+        attempt(
+            table,
+            call,
+            work=products * flops,
+            unit="TFLOP/s",
+            what=f"floor, {products} products",
+            direction=FORWARD if products == 2 else BOTH,
+            **labels,
+        )
 
 
 def hidden_part(table, options):
     trl = trl_divergence()
     for (tokens, hidden, vocab), dtype in cases(options):
         inputs = hidden_inputs(tokens, hidden, vocab, dtype)
-        labels = dict(part="hidden", dtype=name_of(dtype), tokens=tokens, hidden=hidden, vocab=vocab)
+        labels = dict(
+            part="hidden", dtype=name_of(dtype), tokens=tokens, hidden=hidden, vocab=vocab
+        )
         floor_rows(table, inputs, labels)
-        methods = dict(linear_step_kl=ours, paper=partial(head_then, paper),
-                       paper_float32=partial(head_then, paper_float32),
-                       compiled=partial(head_then, torch.compile(paper)), trl=trl)
+        methods = dict(
+            linear_step_kl=ours,
+            paper=partial(head_then, paper),
+            paper_float32=partial(head_then, paper_float32),
+            compiled=partial(head_then, torch.compile(paper)),
+            trl=trl,
+        )
         for direction in DIRECTIONS:
             for what, f in methods.items():
                 if f is None or dtype == torch.float32 and what == "paper_float32":
                     continue
-                attempt(table, lambda: both(f, inputs, direction == BOTH), inputs[:2], what=what,
-                        direction=direction, **labels)
+                attempt(
+                    table,
+                    lambda: both(f, inputs, direction == BOTH),
+                    inputs[:2],
+                    what=what,
+                    direction=direction,
+                    **labels,
+                )
         del inputs
         torch._dynamo.reset()
 
@@ -297,9 +369,15 @@ def tiles_part(table, options):
     for rows, size in ((1024, 2**23), (1024, 2**24), (2048, 2**24), (4096, 2**23), (4096, 2**24)):
         fused.CUDA_TILE_ROWS, fused.CUDA_TILE_SIZE = rows, size
         for direction in DIRECTIONS:
-            attempt(table, lambda: both(ours, inputs, direction == BOTH), inputs[:2],
-                    what=f"linear_step_kl, tile {rows} x {size // rows}", direction=direction,
-                    seconds=0.4, **labels)
+            attempt(
+                table,
+                lambda: both(ours, inputs, direction == BOTH),
+                inputs[:2],
+                what=f"linear_step_kl, tile {rows} x {size // rows}",
+                direction=direction,
+                seconds=0.4,
+                **labels,
+            )
     fused.CUDA_TILE_ROWS, fused.CUDA_TILE_SIZE = before
 
 
@@ -309,14 +387,25 @@ def growth_part(table, options):
     for rows, columns in ((1, 1), (3, 1), (10, 1), (1, 3), (1, 10)):
         tokens, hidden, vocab = base[0] * rows, base[1], base[2] * columns
         inputs = hidden_inputs(tokens, hidden, vocab, torch.bfloat16)
-        attempt(table, lambda: both(ours, inputs, True), inputs[:2], part="growth",
-                what="linear_step_kl", dtype="bfloat16", tokens=tokens, hidden=hidden, vocab=vocab,
-                direction=BOTH, seconds=0.4)
+        attempt(
+            table,
+            lambda: both(ours, inputs, True),
+            inputs[:2],
+            part="growth",
+            what="linear_step_kl",
+            dtype="bfloat16",
+            tokens=tokens,
+            hidden=hidden,
+            vocab=vocab,
+            direction=BOTH,
+            seconds=0.4,
+        )
         del inputs
 
 
 def profile_part(table, options):
     from torch.profiler import ProfilerActivity, profile
+
     text = []
     calls = {"linear_step_kl": (ours, hidden_inputs(*SHAPES[1], torch.bfloat16))}
     calls["step_kl"] = step_kl, logit_inputs(SHAPES[1][0], SHAPES[1][2], torch.bfloat16)
@@ -327,8 +416,9 @@ def profile_part(table, options):
             both(f, inputs, True)
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-        rows = events.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=15,
-                                           max_name_column_width=70)
+        rows = events.key_averages().table(
+            sort_by=f"self_{DEVICE}_time_total", row_limit=15, max_name_column_width=70
+        )
         text.append(f"== {what}, forward + backward, {SHAPES[1]}, bfloat16\n{rows}")
     (options.out / "profile.txt").write_text("\n".join(text))
     print("\n".join(o[:2500] for o in text), flush=True)
@@ -337,12 +427,19 @@ def profile_part(table, options):
 def model_part(table, options):
     "One step of RLOO and one of distillation with a random Llama: backbone, head, loss, gradients."
     from transformers import LlamaConfig, LlamaForCausalLM
+
     tokens, batch, hidden, vocab, layers = 512, 8, 1024, 128256, 8
     if DEVICE == "cpu":
         tokens, batch, hidden, vocab, layers = 5, 2, 32, 50, 1
-    config = LlamaConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=4 * hidden,
-                         num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
-                         tie_word_embeddings=True)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    )
     policy, reference = (LlamaForCausalLM(config).to(DEVICE, torch.bfloat16) for _ in range(2))
     ids = torch.randint(vocab, (batch, tokens), device=DEVICE, generator=GEN)
     advantages = randn(batch, 1)
@@ -367,24 +464,50 @@ def model_part(table, options):
     methods = {"paper's formula, float32 logits": from_logits, "linear_step_kl": from_hidden}
     for rloo in (True, False):
         for what, f in methods.items():
-            attempt(table, lambda: step(partial(f, rloo=rloo)), list(policy.parameters()), part="model",
-                    what=what, dtype="bfloat16", tokens=batch * tokens, hidden=hidden, vocab=vocab,
-                    direction="RLOO step" if rloo else "distillation step", seconds=1.5)
+            attempt(
+                table,
+                lambda: step(partial(f, rloo=rloo)),
+                list(policy.parameters()),
+                part="model",
+                what=what,
+                dtype="bfloat16",
+                tokens=batch * tokens,
+                hidden=hidden,
+                vocab=vocab,
+                direction="RLOO step" if rloo else "distillation step",
+                seconds=1.5,
+            )
 
 
-PARTS = dict(copy=copy_part, errors=errors_part, hidden=hidden_part, logits=logits_part,
-             tiles=tiles_part, growth=growth_part, model=model_part, profile=profile_part)
+PARTS = dict(
+    copy=copy_part,
+    errors=errors_part,
+    hidden=hidden_part,
+    logits=logits_part,
+    tiles=tiles_part,
+    growth=growth_part,
+    model=model_part,
+    profile=profile_part,
+)
 
 
 def environment(card):
     "What the numbers depend on, beside the code."
-    known = dict(card=card, torch=torch.__version__, cuda=torch.version.cuda,
-                 python=platform.python_version())
+    known = dict(
+        card=card,
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        python=platform.python_version(),
+    )
     if DEVICE == "cpu":
         return known
     card = torch.cuda.get_device_properties(0)
-    return known | dict(memory_gb=card.total_memory / 1e9, multiprocessors=card.multi_processor_count,
-                        capability=torch.cuda.get_device_capability(), driver=driver())
+    return known | dict(
+        memory_gb=card.total_memory / 1e9,
+        multiprocessors=card.multi_processor_count,
+        capability=torch.cuda.get_device_capability(),
+        driver=driver(),
+    )
 
 
 def driver():
@@ -399,9 +522,9 @@ def main():
     global DEVICE, GEN
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path("outputs/smoke/gpu"))
-    parser.add_argument("--budget", type=float, default=300, help="seconds; then nothing new is begun")
+    parser.add_argument("--budget", type=float, default=300, help="seconds")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="float32: not the largest size")
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="the types to measure")
     parser.add_argument("--device", default="cuda", help="cpu: a dry run at toy sizes")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 δ is nearly constant there, but for the tokens that differ. Sums that refer to any other constant lose
 its square. The truth is eq. 5 of 01_steps in float64, from the same float32 logits.
 """
+
 import pytest
 import torch
 
@@ -29,15 +30,22 @@ def moved(kind, vocab_size, rows=2, sigma=0.3):
     elif kind == "a block":
         policy[:, 700:800] += 0.1
     elif kind == "a third":
-        policy[:, :vocab_size // 3] += 0.1
+        policy[:, : vocab_size // 3] += 0.1
     elif kind == "uniform":
         ref, policy = torch.zeros_like(ref), torch.zeros_like(ref)
         policy[:, 7] = 0.05
     return policy, ref
 
 
-KINDS = ["top", "top of the reference", "top, and a constant", "one down", "a block", "a third",
-         "uniform"]
+KINDS = [
+    "top",
+    "top of the reference",
+    "top, and a constant",
+    "one down",
+    "a block",
+    "a third",
+    "uniform",
+]
 
 
 def truth(policy, ref):
@@ -56,7 +64,7 @@ def check(values, exact):
         assert ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max() < LIMIT
 
 
-COMPILED = pytest.param(True, id="compiled", marks=pytest.mark.slow)  # the compilation, not the calls
+COMPILED = pytest.param(True, id="compiled", marks=pytest.mark.slow)  # it compiles
 
 
 @pytest.fixture(params=[pytest.param(False, id="eager"), COMPILED])
@@ -76,7 +84,7 @@ def test_from_logits(code, kind, vocab_size):
 
 
 def from_weights(policy, ref):
-    "The same logits as products: step i has hidden state e_i, so that column i of a weight is its logits."
+    "The same logits as products: step i has hidden state e_i, column i of a weight its logits."
     weights = [o.T.contiguous().requires_grad_() for o in (policy, ref)]
     rows = len(policy)
     hidden, ids = torch.eye(rows)[None], torch.zeros(1, rows, dtype=torch.long)

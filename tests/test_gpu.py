@@ -1,7 +1,8 @@
-"""The kernels on a CUDA card, and the same checks at small sizes on the CPU: `pytest -m gpu tests/test_gpu.py`.
+"""The kernels on a CUDA card, `pytest -m gpu tests/test_gpu.py`; small checks also on the CPU.
 
 Needs torch and pytest only. Oracles are the formulas as they are written, in float64 on the CPU.
 """
+
 import contextlib
 import json
 import math
@@ -44,10 +45,11 @@ def error(got, wanted):
     return ((got.detach().double().cpu() - wanted).norm() / wanted.norm()).item()
 
 
-UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # largest relative rounding of a number
+UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # largest rounding
 
 
 # ---- from logits ----
+
 
 @devices
 @dtypes
@@ -73,8 +75,12 @@ def test_step_kl_and_both_gradients(device, dtype, large, monkeypatch):
 
 @devices
 def test_limits_of_the_support(device):
-    a = torch.tensor([[0., 0., -INF], [0., 0., 0.], [math.nan, 0., 0.], [-INF, -INF, -INF]], device=device)
-    b = torch.tensor([[0., 0., 0.], [0., 0., -INF], [0., 0., 0.], [0., 0., 0.]], device=device)
+    a = torch.tensor(
+        [[0.0, 0.0, -INF], [0.0, 0.0, 0.0], [math.nan, 0.0, 0.0], [-INF, -INF, -INF]], device=device
+    )
+    b = torch.tensor(
+        [[0.0, 0.0, 0.0], [0.0, 0.0, -INF], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], device=device
+    )
     x = a.clone().requires_grad_()
     value = step_kl(x, b)
     assert_close(value[0].item(), math.log(3 / 2))
@@ -116,8 +122,12 @@ def test_flat_logits_with_one_moved_token(device, vocab):
     assert_close(step_kl(a, b).double().cpu(), truth, rtol=1e-4, atol=0)
     one = torch.ones(1, 1, 1, device=device)
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    assert_close(linear_step_kl(one, a.T.contiguous(), one, b.T.contiguous(), ids).step_kl[0].double().cpu(),
-                 truth, rtol=1e-4, atol=0)
+    assert_close(
+        linear_step_kl(one, a.T.contiguous(), one, b.T.contiguous(), ids).step_kl[0].double().cpu(),
+        truth,
+        rtol=1e-4,
+        atol=0,
+    )
 
 
 def test_two_devices_are_refused():
@@ -138,8 +148,10 @@ def test_two_devices_are_refused_here_too(device):
 
 # ---- from hidden states ----
 
+
 class Case(NamedTuple):
     "Two heads and the hidden states before them, in float64 on the CPU."
+
     h: torch.Tensor
     w: torch.Tensor
     c: torch.Tensor
@@ -156,6 +168,7 @@ def case(vocab=301, seed=0):
 
 class Settings(NamedTuple):
     "What a call may have besides tensors."
+
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
@@ -164,10 +177,12 @@ class Settings(NamedTuple):
 
 def oracle(o, ids, s=Settings()):
     "The four outputs from full logits."
+
     def logprobs(h, w, c, scale, softcap):
         z = (h @ w.T + c) * scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return (z[..., :s.vocab_size] / s.temperature).log_softmax(-1)
+        return (z[..., : s.vocab_size] / s.temperature).log_softmax(-1)
+
     p, q = logprobs(o.h, o.w, o.c, s.scale, s.softcap), logprobs(o.g, o.u, o.d, 1.0, None)
     excluded = p == -INF
     safe = p.masked_fill(excluded, 0)
@@ -213,12 +228,36 @@ def token_ids(vocab, seed=0):
 
 @devices
 @dtypes
-@pytest.mark.parametrize("settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)])
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)]
+)
 @pytest.mark.parametrize("tile_size,keep", [(2**20, 2**22), (320, 0)])
 def test_linear_step_kl_and_all_gradients(device, dtype, settings, tile_size, keep, monkeypatch):
     small_tiles(monkeypatch, tile_size)
     monkeypatch.setattr(fused, "KEEP_UP_TO", keep)
     compare(case(), token_ids(290), device, dtype, settings)
+
+
+@pytest.mark.parametrize(
+    "dtype,of_gradients", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_low_precision_factors_as_on_a_card(dtype, of_gradients, monkeypatch):
+    "The dtypes that a CUDA device gets, with a product that the CPU has."
+    seen = set()
+
+    def multiply(a, b, out, add=False):
+        assert a.dtype == b.dtype and out.dtype == torch.float32
+        seen.add(a.dtype)
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
+
+    monkeypatch.setattr(fused, "_multiply", multiply)
+    monkeypatch.setattr(fused.Side, "product_dtypes", lambda side, _: (dtype, of_gradients))
+    monkeypatch.setattr(fused, "KEEP_UP_TO", 0)
+    small_tiles(monkeypatch, 320)
+    for settings in (Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)):
+        compare(case(), token_ids(290), "cpu", dtype, settings)
+    assert seen == {dtype, of_gradients}
 
 
 @devices
@@ -233,17 +272,24 @@ def test_masked_steps_and_excluded_tokens(device, dtype, monkeypatch):
     assert all((v.cpu()[mask == 0] == 0).all() for v in values)
     ids = torch.where(mask == 1, ids, -100)
     near = Case(*(x.to(device, dtype) for x in o))
-    garbage = near._replace(h=near.h.masked_fill(mask.to(device)[..., None] == 0, math.nan).requires_grad_())
+    garbage = near._replace(
+        h=near.h.masked_fill(mask.to(device)[..., None] == 0, math.nan).requires_grad_()
+    )
     sum(v.sum() for v in ours(garbage, ids.to(device), mask=mask.to(device))).backward()
     assert garbage.h.grad.isfinite().all() and (garbage.h.grad[mask.to(device) == 0] == 0).all()
     exact = Case(*(x.double().cpu() for x in near))
-    for v, t in zip(ours(near, ids.to(device), mask=mask.to(device)), oracle(exact, ids.clamp(min=0))):
+    for v, t in zip(
+        ours(near, ids.to(device), mask=mask.to(device)), oracle(exact, ids.clamp(min=0))
+    ):
         assert_close(v.double().cpu(), torch.where(mask == 1, t, 0), rtol=2e-5, atol=2e-5)
 
 
 @devices
 def test_all_steps_masked_or_no_step(device):
-    o, ids = Case(*(x.float().to(device).requires_grad_() for x in case())), token_ids(301).to(device)
+    o, ids = (
+        Case(*(x.float().to(device).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
     values = ours(o, ids, mask=torch.zeros_like(ids))
     sum(v.sum() for v in values).backward()
     assert all((v == 0).all() for v in values) and (o.w.grad == 0).all()
@@ -279,13 +325,17 @@ def test_lower_precision_of_float32_products_is_not_used(device, setting):
 @devices
 def test_strided_inputs(device):
     o, ids = Case(*(x.float().to(device) for x in case())), token_ids(301).to(device)
-    strided = o._replace(h=o.h.transpose(0, 1).contiguous().transpose(0, 1), w=o.w.T.contiguous().T,
-                         g=torch.stack([o.g, o.g], -1)[..., 0])
+    strided = o._replace(
+        h=o.h.transpose(0, 1).contiguous().transpose(0, 1),
+        w=o.w.T.contiguous().T,
+        g=torch.stack([o.g, o.g], -1)[..., 0],
+    )
     for v, w in zip(ours(strided, ids), ours(o, ids)):
         assert_close(v, w, rtol=1e-5, atol=1e-5)
 
 
 # ---- graphs, compilation, synchronisation ----
+
 
 @devices
 def test_inside_a_function_that_the_user_compiles(device):
@@ -302,7 +352,7 @@ def test_inside_a_function_that_the_user_compiles(device):
 
 
 def check_replay(call, inputs, **tolerance):
-    "A CUDA graph of `call`, after three calls on a side stream, against the call itself on other inputs."
+    "A CUDA graph of `call`, after three calls on a side stream, against it on other inputs."
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -327,6 +377,7 @@ def step_kl_graph(vocab):
     def call():
         value = step_kl(a, b)
         return value, torch.autograd.grad(value.sum(), a)[0]
+
     check_replay(call, [a, b], rtol=1e-5, atol=1e-7)
 
 
@@ -340,10 +391,14 @@ def linear_step_kl_graph(dtype, masked, compiled):
     def call():
         values = ours(o, ids, mask=mask)
         return *values, *torch.autograd.grad(sum(v.sum() for v in values), [o.h, o.w])
+
     check_replay(call, [o.h, o.g], rtol=1e-3, atol=1e-4)
 
 
-GRAPHS = {"step_kl eager": partial(step_kl_graph, 1013), "step_kl compiled": partial(step_kl_graph, 140_000)}
+GRAPHS = {
+    "step_kl eager": partial(step_kl_graph, 1013),
+    "step_kl compiled": partial(step_kl_graph, 140_000),
+}
 for one in (torch.float32, torch.bfloat16, torch.float16):
     for how in (False, True):
         key = f"linear_step_kl {one} {'masked' if how else 'all'}"
@@ -365,7 +420,7 @@ def try_graphs():
 
 @pytest.fixture(scope="module")
 def graph_faults():
-    "From a process of its own: a capture that breaks leaves the process without a usable generator."
+    "From a process of its own: a broken capture leaves the process without a generator."
     here = Path(__file__).parent
     source = "import json, test_gpu; print('RESULT', json.dumps(test_gpu.try_graphs()))"
     env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(here.parent), str(here)]))
@@ -383,8 +438,17 @@ def test_cuda_graphs(device, name, graph_faults):
 
 def tiles_of(o, ids):
     "`linear_step_kl` after its checks, which look at the ids once."
-    return fused._LinearStepKL.apply(o.h.reshape(-1, 64), o.w, o.c, o.g.reshape(-1, 48), o.u, o.d,
-                                     ids.reshape(-1), 301, [fused.Bend(1.0, None, 1.0)] * 2)
+    return fused._LinearStepKL.apply(
+        o.h.reshape(-1, 64),
+        o.w,
+        o.c,
+        o.g.reshape(-1, 48),
+        o.u,
+        o.d,
+        ids.reshape(-1),
+        301,
+        [fused.Bend(1.0, None, 1.0)] * 2,
+    )
 
 
 def test_no_value_is_looked_at(monkeypatch):
@@ -409,7 +473,10 @@ def test_the_host_never_waits(device):
     "But for one look at the ids, before the first tile."
     a, b = (randn(4, 5, 1013, seed=i).float().to(device) for i in range(2))
     a.requires_grad_()
-    o, ids = Case(*(x.float().to(device).requires_grad_() for x in case())), token_ids(301).to(device)
+    o, ids = (
+        Case(*(x.float().to(device).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
     for _ in range(2):  # the first time for what is compiled and set up
         torch.cuda.set_sync_debug_mode("error" if _ else "default")
         try:
@@ -422,7 +489,7 @@ def test_the_host_never_waits(device):
 
 @only_cuda
 def test_a_batch_of_real_size(device, monkeypatch):
-    "Several tiles in both directions at their real sizes, in bfloat16; the oracle sees some of the rows."
+    "Several tiles in both directions at real sizes, in bfloat16; the oracle sees some rows."
     torch.manual_seed(0)
     tokens, hidden, vocab = 1500, 256, 60_001
     h, w = torch.randn(tokens, hidden, device=device), torch.randn(vocab, hidden, device=device) / 8
