@@ -300,7 +300,7 @@ def logits_part(table, options):
                     vocab=vocab,
                     direction=direction,
                 )
-        del inputs
+        inputs = None  # its memory is needed
         torch._dynamo.reset()
 
 
@@ -356,7 +356,7 @@ def hidden_part(table, options):
                     direction=direction,
                     **labels,
                 )
-        del inputs
+        inputs = None  # its memory is needed
         torch._dynamo.reset()
 
 
@@ -400,7 +400,7 @@ def growth_part(table, options):
             direction=BOTH,
             seconds=0.4,
         )
-        del inputs
+        inputs = None  # its memory is needed
 
 
 def profile_part(table, options):

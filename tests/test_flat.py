@@ -1,6 +1,6 @@
 """Distributions that differ in a few tokens of a long flat vocabulary: the digits of a tiny KL.
 
-δ is nearly constant there, but for the tokens that differ. Sums that refer to any other constant lose
+δ is nearly constant there, but for the tokens that differ. Sums that refer to another constant lose
 its square. The truth is eq. 5 of 01_steps in float64, from the same float32 logits.
 """
 
