@@ -7,8 +7,10 @@ __all__ = ['DIVERGENCES', 'k1', 'k2', 'k3', 'step_kl', 'topk_tail', 'step_kl_fro
            'step_divergence']
 
 # %% ../nbs/01_steps.ipynb #80f09679
+import functools
 import logging
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -81,47 +83,119 @@ def step_kl(
     policy_logits:Tensor, # policy logits before softmax, (B, T, V)
     ref_logits:Tensor, # reference logits, same shape and vocabulary order
 )->Tensor: # KL(policy || reference) in nats at each prefix, (B, T)
-    """Exact next-token KL at every prefix (eqs. 5 and 7), in at least float32, differentiable once in both arguments.
+    """Exact next-token KL at every prefix (eqs. 5 and 7), in at least float32.
 
-    Never negative; 0 for equal logits; `inf` where the policy puts mass on a token that the reference excludes
-    (logit `-inf`). A step with a NaN or `+inf` logit, or with every token excluded, gives NaN. A step whose KL is not
-    finite passes no gradient on, so that garbage in masked positions stays there. Divide both logits by the
-    temperature first if there is one. No temporary grows with B or T. Large inputs run through `torch.compile` where it works.
+    Differentiable once in both arguments. Never negative; 0 for equal logits; `inf` where the
+    policy puts mass on a token that the reference excludes (logit `-inf`). A step with a NaN or
+    `+inf` logit, or with every token excluded, gives NaN. A step whose KL is not finite passes no
+    gradient on, so that garbage in masked positions stays there. Divide both logits by the
+    temperature first if there is one. No temporary grows with B or T. Large inputs run through
+    `torch.compile` where it works.
     """
     check_float(policy_logits=policy_logits, ref_logits=ref_logits)
     if policy_logits.device != ref_logits.device:
-        raise ValueError(f"`ref_logits` is on {ref_logits.device} but `policy_logits` on {policy_logits.device}; move one of them.")
+        raise ValueError(f"`ref_logits` is on {ref_logits.device} but `policy_logits` on "
+                         f"{policy_logits.device}; move one of them.")
     if policy_logits.ndim == 0 or policy_logits.shape[-1] == 0:
-        raise ValueError(f"`policy_logits` has shape {tuple(policy_logits.shape)}; it must be (B, T, V) with V of at least 1.")
-    if not policy_logits.numel(): return _upcast(policy_logits + ref_logits)[0].sum(-1)  # no step at all
+        raise ValueError(f"`policy_logits` has shape {tuple(policy_logits.shape)}; "
+                         "it must be (B, T, V) with V of at least 1.")
+    if not policy_logits.numel():  # no step at all
+        return _upcast(policy_logits + ref_logits)[0].sum(-1)
     return _StepKL.apply(policy_logits, ref_logits)
 
 # %% ../nbs/01_steps.ipynb #edeacc3e
-def tile_sums(a, b, top_p, top_q, with_entropy):
-    "Maxima, then sums over the tile of p, q, -p δ, p e2(-δ) and, if wanted, p log p; all unnormalised, (rows, 1) each (eq. 7)."
-    a, b = a.to(top_p.dtype), b.to(top_p.dtype)
-    top_p, top_q = torch.maximum(top_p, a.amax(-1, True)), torch.maximum(top_q, b.amax(-1, True))
-    x, delta = a - top_p, (a - b) - (top_p - top_q)  # logits first: the difference of close floats is exact
-    p, q = x.exp(), (b - top_q).exp()
-    largest = _largest(delta)
-    weigh = lambda o: p * o if largest < torch.inf else torch.where(p > 0, p * o, 0.)
-    p_delta = weigh(delta)
-    if largest < 0.5: terms = p * _e2_near(delta)
-    elif largest < 80 and p.dtype == torch.float32: terms = p * (torch.expm1(-delta.double()) + delta).float()  # float64 keeps enough digits
-    else: terms = torch.where(delta.abs() < 0.5, p * _e2_near(delta), q - p + p_delta)  # eq. 6
-    zp, zq, m, s = (o.sum(-1, True) for o in (p, q, p_delta, terms))
-    return top_p, top_q, zp, zq, -m, s, *([weigh(x).sum(-1, True)] if with_entropy else [])
+class TileSums(NamedTuple):
+    "What one tile adds to each step, (rows, 1) each; `p`, `q` and δ are those of eq. 7."
+    top_p: Tensor # largest policy logit, the origin of p = exp(z - top_p)
+    org_q: Tensor # origin of q = exp(u - org_q), so that δ = (z - u) - (top_p - org_q)
+    zp: Tensor # sum of p
+    zq: Tensor # sum of q
+    m: Tensor # sum of -p δ
+    s: Tensor # sum of p e2(-δ)
+    e: Tensor|None = None # sum of p (z - top_p), for the entropy; None: not wanted
+    policy_pick: Tensor|None = None # policy logit of the step's token, 0 if that is not in the tile
+    ref_pick: Tensor|None = None # the same of the reference
 
-def _e2_near(delta):
+def sum_dtype(*dtypes:torch.dtype)->torch.dtype:
+    "Dtype of the sums: the widest given, at least float32."
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+def tile_sums(policy_logits, ref_logits, column=None):
+    """The sums of eq. 7 over a tile.
+
+    `column` is that of each step's token in the tile, or beyond it, (rows, 1). None: only the KL is
+    wanted.
+    """
+    dtype = sum_dtype(policy_logits.dtype, ref_logits.dtype)
+    a, b = policy_logits.to(dtype), ref_logits.to(dtype)
+    lowest = torch.finfo(dtype).min / 4  # a finite origin, also where every token is excluded
+    top_p, top_q = (o.amax(-1, True).clamp(min=lowest) for o in (a, b))
+    x, delta = a - top_p, a - b  # logits first: the difference of close floats is exact
+    p = x.exp_() if column is None else x.exp()
+    org_q = top_q - _offset(p, delta, top_p - top_q)
+    delta -= top_p - org_q
+    q = (b - org_q).exp()
+    largest = _largest(delta)
+    m, s = _moments(p, q, delta, largest)
+    sums = TileSums(top_p, org_q, _total(p), _total(q), m, s)
+    if column is None:
+        return sums
+    here, local = _inside(column, a.shape[-1])
+    picks = (torch.where(here, o.gather(1, local), 0.) for o in (a, b))
+    return TileSums(*sums[:6], _total(_weigh(p, x, largest)), *picks)
+
+def _inside(column, width):
+    "Whether a token's column is in the tile, and the column, or 0."
+    here = (column >= 0) & (column < width)
+    return here, torch.where(here, column, 0)
+
+SAMPLE, OF = 32, 512 # so many tokens in a row of so many are looked at for the offset
+
+def _offset(p, apart, shift):
+    "About the mean of z - u - shift under p, from part of a long vocabulary."
+    blocks = p.shape[-1] // OF
+    if blocks < 8:
+        total, mass = _total(_weigh(p, apart - shift)), _total(p)
+    else:  # and the top token, where z - u - shift is small most often
+        p, apart = (o[:, :blocks * OF].unflatten(-1, (blocks, OF))[..., :SAMPLE]
+                    for o in (p, apart))
+        total = _weigh(p, apart - shift[..., None]).sum((-2, -1))[:, None] * (OF / SAMPLE)
+        mass = 1 + p.sum((-2, -1))[:, None] * (OF / SAMPLE)
+    return torch.nan_to_num(total / mass, nan=0.).clamp(-30, 30)  # q stays in float32's range
+
+def _total(x):
+    "Sum of each row. Compiled code for a CPU adds one by one, where float32 would lose digits."
+    wide = torch.compiler.is_compiling() and x.device.type == "cpu"
+    return x.sum(-1, True, dtype=torch.float64).to(x.dtype) if wide else x.sum(-1, True)
+
+def _weigh(p, x, largest=torch.inf):
+    "p x, with 0 where p is 0."
+    return p * x if largest < torch.inf else torch.where(p > 0, p * x, 0.)
+
+def _moments(p, q, delta, largest):
+    "Sums of -p δ and of p e2(-δ)."
+    p_delta = _weigh(p, delta, largest)
+    if largest < 0.5:
+        terms = _e2_near(delta, largest).mul_(p)
+    elif largest < 80 and p.dtype == torch.float32:  # float64 keeps enough digits
+        minus = delta.double().neg_()
+        terms = torch.expm1(minus).sub_(minus).float().mul_(p)
+    else:
+        terms = torch.where(delta.abs() < 0.5, p * _e2_near(delta), q - p + p_delta)  # eq. 6
+    return -_total(p_delta), _total(terms)
+
+def _e2_near(delta, largest=0.5):
     "e2(-δ) for |δ| <= 1/2 from its series, with as many terms as the rounding can see."
-    terms = 16 if delta.dtype == torch.float64 else 8
+    terms = 16 if delta.dtype == torch.float64 else 4 if largest < 2**-6 else 8
     series = delta / math.factorial(terms)
-    for k in range(terms - 1, 1, -1): series.add_((-1)**k / math.factorial(k)).mul_(delta)
+    for k in range(terms - 1, 1, -1):
+        series.add_((-1)**k / math.factorial(k)).mul_(delta)
     return series.mul_(delta)
 
 def _largest(delta)->float:
-    "Largest |δ|. Infinity where looking costs more than it saves: while compiling, and away from the CPU."
-    if torch.compiler.is_compiling() or delta.device.type != "cpu": return torch.inf
+    "Largest |δ|. Infinity where looking costs more than it saves: compiling, and off the CPU."
+    if torch.compiler.is_compiling() or delta.device.type != "cpu":
+        return torch.inf
     low, high = delta.aminmax()
     return max(-low.item(), high.item())  # NaN if any is
 
@@ -129,105 +203,183 @@ def _largest(delta)->float:
 class StepStats(NamedTuple):
     "Numbers of each step, (rows, 1) in float64."
     kl: Tensor # step KL in nats; NaN: not comparable
-    log_ratio: Tensor # r of eq. 7
+    log_ratio: Tensor # r of eq. 7, for the origins below
+    top_p: Tensor # largest policy logit
+    shift: Tensor # c of eq. 7, a number of the dtype of the sums, so that δ is rounded once
+    zp: Tensor # sum of exp(z - top_p)
     log_zp: Tensor # log-normaliser of the policy's logits
     log_zq: Tensor # log-normaliser of the reference's logits
+    entropy: Tensor|None # of the policy, in nats; None: not wanted
 
-def finish_sums(top_p, top_q, zp, zq, m, s):
-    "Eq. 7 from the sums of all tiles."
+def finish_sums(sums:TileSums, dtype:torch.dtype)->StepStats:
+    "Eq. 7 from the sums over the vocabulary, made in `dtype` and given in float64."
+    zp, m, s = sums.zp, sums.m, sums.s
+    shift = (sums.top_p - sums.org_q).to(dtype).double()  # as in `tile_sums`
+    log_zp, log_zq = sums.top_p + zp.log(), sums.org_q + sums.zq.log()
     y = (m + s) / zp
-    log_ratio = torch.where(y.abs() < 0.5, torch.log1p(y), (zq / zp).log())
-    kl = torch.where(y.abs() < 0.5, s / zp - (y - log_ratio), log_ratio - m / zp).clamp(min=0.)
-    log_zp, log_zq = top_p + zp.log(), top_q + zq.log()
-    comparable = log_zp.isfinite() & log_zq.isfinite()  # else NaN or +inf somewhere, or nothing but -inf
-    return StepStats(kl.masked_fill(~comparable, torch.nan), log_ratio, log_zp, log_zq)
+    log_ratio = torch.where(y.abs() < 0.5, torch.log1p(y), log_zq - log_zp + shift)
+    near = s / zp - (y - log_ratio)
+    kl = torch.where(y.abs() < 0.5, near, log_ratio - m / zp).clamp(min=0.)
+    comparable = log_zp.isfinite() & log_zq.isfinite()  # else NaN, +inf or nothing but -inf
+    kl = kl.masked_fill(~comparable, torch.nan)
+    entropy = None if sums.e is None else zp.log() - sums.e / zp
+    return StepStats(kl, log_ratio, sums.top_p, shift, zp, log_zp, log_zq, entropy)
 
 # %% ../nbs/01_steps.ipynb #f0492454
-def policy_grad(a, b, top_p, shift, by_delta, by_logit, by_one, out):
-    "Write p (by_delta δ + by_logit x + by_one) to `out`, with p unnormalised and x the logit below its maximum."
-    a, b = a.to(top_p.dtype), b.to(top_p.dtype)
-    x, delta = a - top_p, (a - b) - shift
-    plain = _largest(delta) < 1e30
-    if not plain: delta = delta.clamp(-1e30, 1e30)  # 0 * inf
-    weight = by_delta * delta + by_one if by_logit is None else by_delta * delta + by_logit * x + by_one
-    p = x.exp()
-    out.copy_(p * weight if plain else torch.where(p > 0, p * weight, 0.))
+class RowWeights(NamedTuple):
+    "Eqs. 8 and 9 as numbers of each step, (rows, 1) in the dtype of the sums."
+    top_p: Tensor # origin of p = exp(z - top_p)
+    shift: Tensor # c, so that δ = (z - u) - c
+    by_delta: Tensor # weight of p δ in the policy's gradient
+    by_logit: Tensor|None # weight of p (z - top_p) there; None: 0
+    by_one: Tensor # weight of p there
+    log_zp: Tensor # log-normaliser of the policy's logits
+    log_zq: Tensor # log-normaliser of the reference's logits
+    log_ratio: Tensor # r of eq. 7
+    by_kl: Tensor # weight of q - p in the reference's gradient
+    by_q: Tensor|None # weight of -q there; None: 0
+    policy_token: Tensor|None = None # added to the policy's gradient at the step's token
+    ref_token: Tensor|None = None # the same in the reference's
 
-def ref_grad(a, b, log_zp, log_zq, shift, log_ratio, by_kl, by_logprob, out):
-    "Write by_kl (q - p) - by_logprob q to `out`."
-    a, b = a.to(log_zp.dtype), b.to(log_zp.dtype)
-    p, q, d = (a - log_zp).exp(), (b - log_zq).exp(), (a - b) - shift + log_ratio
-    excess = torch.where(d.abs() < 0.5, p * torch.expm1(-d), q - p)  # eq. 9
-    out.copy_(torch.nan_to_num(by_kl * excess - by_logprob * q))
+    def each(self, function:Callable[[Tensor], Tensor])->"RowWeights":
+        "With `function` of every field that is not None."
+        return RowWeights(*(o if o is None else function(o) for o in self))
+
+def policy_grad(policy_logits, ref_logits, rows, column, out, bend=0.):
+    """Write p (by_delta δ + by_logit x + by_one) to `out`, x the logit below its maximum.
+
+    At `column`, where that is in the tile, `policy_token` is added; None: nowhere. Then comes the
+    slope of a soft-cap, 1 - (bend z)²; `bend` is 1/softcap, or 0.
+    """
+    dtype = rows.top_p.dtype
+    a, b = policy_logits.to(dtype), ref_logits.to(dtype)
+    x, weight = a - rows.top_p, a - b
+    weight -= rows.shift
+    plain = _largest(weight) < 1e30
+    if not plain:
+        weight = weight.clamp(-1e30, 1e30)  # 0 * inf
+    weight = (weight * rows.by_delta).add_(rows.by_one)
+    if rows.by_logit is not None:
+        weight += rows.by_logit * x
+    p = x.exp_()
+    if plain and column is None and out.dtype == dtype:
+        torch.mul(p, weight, out=out)
+        return
+    value = p.mul_(weight) if plain else torch.where(p > 0, p * weight, 0.)
+    _write(value, out, column, rows.policy_token, a, bend)
+
+def ref_grad(policy_logits, ref_logits, rows, column, out, bend=0.):
+    "Write by_kl (q - p) - by_q q to `out`, with token and slope as in `policy_grad`."
+    dtype = rows.log_zp.dtype
+    a, b = policy_logits.to(dtype), ref_logits.to(dtype)
+    p, q = (a - rows.log_zp).exp(), (b - rows.log_zq).exp()
+    d = (a - b) - rows.shift + rows.log_ratio
+    compiled = torch.compiler.is_compiling()  # on a CPU, its expm1 is exp - 1 and has no digits
+    near = _e2_near(d) - d if compiled else torch.expm1(-d)
+    excess = torch.where(d.abs() < 0.5, p * near, q - p)  # eq. 9
+    value = rows.by_kl * excess
+    if rows.by_q is not None:
+        value -= rows.by_q * q
+    _write(torch.nan_to_num(value), out, column, rows.ref_token, b, bend)
+
+def _write(value, out, column, by_token, logits, bend):
+    if column is not None and torch.compiler.is_compiling():  # one loop
+        columns = torch.arange(value.shape[-1], device=value.device)
+        value = value + torch.where(columns == column, by_token, 0.)
+    elif column is not None:
+        here, local = _inside(column, value.shape[-1])
+        value.scatter_add_(1, local, by_token * here)
+    out.copy_(value * (1 - (logits * bend)**2) if bend else value)
 
 # %% ../nbs/01_steps.ipynb #f953b63e
-COMPILE_FROM = 2**22  # elements, ours: eager code takes some 0.1 s more on one core, so 100 calls or so repay the compilation
+# Elements, ours: eager code takes 0.1 s more on one core, so some 100 calls repay the compilation
+COMPILE_FROM = 2**22
 
 class Compilable:
     "Calls `function`, through `torch.compile` when `large` and possible."
     works = True # no compilation has failed yet, in this process
 
-    def __init__(self, function:Callable): self.function, self.compiled = function, None
+    def __init__(self, function:Callable):
+        self.function, self.compiled = function, None
 
     def __call__(self, *args, large:bool):
-        if not large or not Compilable.works or torch.compiler.is_compiling(): return self.function(*args)
+        if not large or not Compilable.works or torch.compiler.is_compiling():
+            return self.function(*args)
         from torch._dynamo.exc import TorchDynamoException  # a slow import
-        if self.compiled is None: self.compiled = torch.compile(self.function, dynamic=True)
-        try: return self.compiled(*args)
+        if self.compiled is None:
+            self.compiled = torch.compile(self.function, dynamic=True)
+        try:
+            return self.compiled(*args)
         except TorchDynamoException as error:  # no compiler, most often
             Compilable.works = False
-            logging.getLogger(__name__).info("torch.compile does not work here, the eager functions are used: %s", error)
+            logging.getLogger(__name__).info(
+                "torch.compile does not work here, the eager functions are used: %s", error)
             return self.function(*args)
 
-compilable_sums, compilable_policy_grad, compilable_ref_grad = (Compilable(o) for o in (tile_sums, policy_grad, ref_grad))
+compilable_sums, compilable_policy_grad, compilable_ref_grad = (
+    Compilable(o) for o in (tile_sums, policy_grad, ref_grad))
 
 def no_second_derivative(name:str)->None:
     "Raise inside a backward pass that is to be differentiated again."
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(f"`{name}` has no second derivative; call `backward` or `torch.autograd.grad` without `create_graph`.")
+        raise RuntimeError(f"`{name}` has no second derivative; call `backward` or "
+                           "`torch.autograd.grad` without `create_graph`.")
 
 def chunk_rows(rows:int, vocab_size:int, large:bool, device:torch.device)->int:
-    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code (curves in experiments/speed)."
-    if torch.compiler.is_compiling(): return rows  # one loop, no temporaries
-    return max(1, (2**23 if large and Compilable.works or device.type != "cpu" else 2**17) // vocab_size)
+    "Rows of a chunk: a core's cache for eager code, the shared cache for compiled code."
+    compiled = large and Compilable.works
+    if torch.compiler.is_compiling() or compiled and device.type != "cpu":
+        return rows  # one loop, no temporaries
+    size = 2**23 if compiled or device.type != "cpu" else 2**17  # curves in experiments/speed
+    return max(1, size // vocab_size)
 
 # %% ../nbs/01_steps.ipynb #f930239a
 class _StepKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy_logits, ref_logits):
-        dtype = torch.promote_types(torch.promote_types(policy_logits.dtype, ref_logits.dtype), torch.float32)
-        large, parts = policy_logits.numel() >= COMPILE_FROM, []
-        for a, b in _row_chunks(large, policy_logits, ref_logits):
-            lowest = torch.full((len(a), 1), -torch.inf, dtype=dtype, device=a.device)
-            parts.append(compilable_sums(a, b, lowest, lowest, False, large=large))
-        tops_and_sums = [torch.cat(o).double() for o in zip(*parts)]
-        stats = finish_sums(*tops_and_sums)
-        ctx.save_for_backward(policy_logits, ref_logits, *tops_and_sums[:3], *stats)
-        ctx.dtype = dtype
-        return stats.kl.to(dtype).view(policy_logits.shape[:-1])
+        ctx.dtype = sum_dtype(policy_logits.dtype, ref_logits.dtype)
+        large = policy_logits.numel() >= COMPILE_FROM
+        a, b = (o.reshape(-1, o.shape[-1]) for o in (policy_logits, ref_logits))
+        parts = [compilable_sums(a[rows], b[rows], large=large)[:6]
+                 for rows in _row_slices(a, large)]
+        stats = finish_sums(TileSums(*(torch.cat(o).double() for o in zip(*parts))), ctx.dtype)
+        ctx.save_for_backward(policy_logits, ref_logits, *stats)
+        return stats.kl.to(ctx.dtype).view(policy_logits.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         no_second_derivative("step_kl")
-        policy_logits, ref_logits, top_p, top_q, zp, *stats = ctx.saved_tensors
-        kl, log_ratio, log_zp, log_zq = stats
-        large, finite = policy_logits.numel() >= COMPILE_FROM, kl.isfinite()
-        grad, kl = grad.reshape(-1, 1).double().masked_fill(~finite, 0.), kl.masked_fill(~finite, 0.)
-        top_p, log_zp, log_zq = (o.masked_fill(~finite, torch.inf) for o in (top_p, log_zp, log_zq))  # p = q = 0: no gradient
-        grads = [torch.empty(o.shape, dtype=o.dtype, device=o.device) if needed else None
-                 for o, needed in zip((policy_logits, ref_logits), ctx.needs_input_grad)]
-        columns = [o.to(ctx.dtype) for o in (top_p, (top_p - top_q).masked_fill(~finite, 0.), grad / zp, grad * (log_ratio - kl) / zp,
-                                             log_zp, log_zq, log_ratio, grad)]
-        for a, b, *rest in _row_chunks(large, policy_logits, ref_logits, *columns, *(o for o in grads if o is not None)):
-            top, shift, by_delta, by_one, log_p, log_q, ratio, g = rest[:8]
-            if grads[0] is not None: compilable_policy_grad(a, b, top, shift, by_delta, None, by_one, rest[8], large=large)
-            if grads[1] is not None: compilable_ref_grad(a, b, log_p, log_q, shift, ratio, g, 0., rest[-1], large=large)
-        return tuple(grads)
+        policy_logits, ref_logits, *stats = ctx.saved_tensors
+        a, b = (o.reshape(-1, o.shape[-1]) for o in (policy_logits, ref_logits))
+        weights = _row_weights(StepStats(*stats), grad.reshape(-1, 1).double(), ctx.dtype)
+        large = policy_logits.numel() >= COMPILE_FROM
+        policy, ref = (torch.empty(o.shape, dtype=o.dtype, device=o.device) if needed else None
+                       for o, needed in zip((a, b), ctx.needs_input_grad))
+        for rows in _row_slices(a, large):
+            chunk = a[rows], b[rows], weights.each(operator.itemgetter(rows)), None
+            if policy is not None:
+                compilable_policy_grad(*chunk, policy[rows], large=large)
+            if ref is not None:
+                compilable_ref_grad(*chunk, ref[rows], large=large)
+        return tuple(o if o is None else o.view(policy_logits.shape) for o in (policy, ref))
 
-def _row_chunks(large, logits, *others):
-    "Chunks of rows, (rows, ...), of all the tensors alike."
-    size = chunk_rows(logits.numel() // logits.shape[-1], logits.shape[-1], large, logits.device)
-    return zip(*(o.reshape(-1, o.shape[-1]).split(size) for o in (logits, *others)))
+def _row_weights(stats, grad, dtype):
+    "Eqs. 8 and 9; a step without a finite KL gets p = q = 0, so no gradient."
+    finite = stats.kl.isfinite()
+    grad, kl, ratio, shift = (o.masked_fill(~finite, 0.)
+                              for o in (grad, stats.kl, stats.log_ratio, stats.shift))
+    top_p, log_zp, log_zq = (o.masked_fill(~finite, torch.inf)
+                             for o in (stats.top_p, stats.log_zp, stats.log_zq))
+    by_delta = grad / stats.zp
+    weights = RowWeights(top_p, shift, by_delta, None, by_delta * (ratio - kl),
+                         log_zp, log_zq, ratio, grad, None)
+    return weights.each(operator.methodcaller("to", dtype))
+
+def _row_slices(logits, large):
+    "Slices of the rows, a chunk each."
+    rows, vocab_size = logits.shape
+    size = chunk_rows(rows, vocab_size, large, logits.device)
+    return [slice(o, min(o + size, rows)) for o in range(0, rows, size)]
 
 # %% ../nbs/01_steps.ipynb #2e5f64e2
 def _compare(policy_logits, ref_logits):

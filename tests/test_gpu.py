@@ -1,8 +1,16 @@
-"""The kernels on a CUDA card, and the same checks at small sizes on the CPU: `pytest -m gpu tests/test_gpu.py`.
+"""The kernels on a CUDA card, `pytest -m gpu tests/test_gpu.py`; small checks also on the CPU.
 
 Needs torch and pytest only. Oracles are the formulas as they are written, in float64 on the CPU.
 """
+
+import contextlib
+import json
 import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -37,10 +45,11 @@ def error(got, wanted):
     return ((got.detach().double().cpu() - wanted).norm() / wanted.norm()).item()
 
 
-UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # largest relative rounding of a number
+UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # largest rounding
 
 
 # ---- from logits ----
+
 
 @devices
 @dtypes
@@ -66,8 +75,12 @@ def test_step_kl_and_both_gradients(device, dtype, large, monkeypatch):
 
 @devices
 def test_limits_of_the_support(device):
-    a = torch.tensor([[0., 0., -INF], [0., 0., 0.], [math.nan, 0., 0.], [-INF, -INF, -INF]], device=device)
-    b = torch.tensor([[0., 0., 0.], [0., 0., -INF], [0., 0., 0.], [0., 0., 0.]], device=device)
+    a = torch.tensor(
+        [[0.0, 0.0, -INF], [0.0, 0.0, 0.0], [math.nan, 0.0, 0.0], [-INF, -INF, -INF]], device=device
+    )
+    b = torch.tensor(
+        [[0.0, 0.0, 0.0], [0.0, 0.0, -INF], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]], device=device
+    )
     x = a.clone().requires_grad_()
     value = step_kl(x, b)
     assert_close(value[0].item(), math.log(3 / 2))
@@ -100,11 +113,21 @@ def test_models_that_nearly_agree_keep_their_digits(device):
 @devices
 @pytest.mark.parametrize("vocab", [50_000, 150_000])
 def test_flat_logits_with_one_moved_token(device, vocab):
+    "More of the kind, and the gradients, in test_flat.py."
     b = 0.3 * randn(1, vocab).float()
     a = b.clone()
     a[0, b.argmax()] += 0.1
     truth = step_kl(a.double(), b.double())
-    assert_close(step_kl(a.to(device), b.to(device)).double().cpu(), truth, rtol=1e-4, atol=0)
+    a, b = a.to(device), b.to(device)
+    assert_close(step_kl(a, b).double().cpu(), truth, rtol=1e-4, atol=0)
+    one = torch.ones(1, 1, 1, device=device)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+    assert_close(
+        linear_step_kl(one, a.T.contiguous(), one, b.T.contiguous(), ids).step_kl[0].double().cpu(),
+        truth,
+        rtol=1e-4,
+        atol=0,
+    )
 
 
 def test_two_devices_are_refused():
@@ -125,8 +148,10 @@ def test_two_devices_are_refused_here_too(device):
 
 # ---- from hidden states ----
 
+
 class Case(NamedTuple):
     "Two heads and the hidden states before them, in float64 on the CPU."
+
     h: torch.Tensor
     w: torch.Tensor
     c: torch.Tensor
@@ -143,6 +168,7 @@ def case(vocab=301, seed=0):
 
 class Settings(NamedTuple):
     "What a call may have besides tensors."
+
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0
@@ -151,10 +177,12 @@ class Settings(NamedTuple):
 
 def oracle(o, ids, s=Settings()):
     "The four outputs from full logits."
+
     def logprobs(h, w, c, scale, softcap):
         z = (h @ w.T + c) * scale
         z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        return (z[..., :s.vocab_size] / s.temperature).log_softmax(-1)
+        return (z[..., : s.vocab_size] / s.temperature).log_softmax(-1)
+
     p, q = logprobs(o.h, o.w, o.c, s.scale, s.softcap), logprobs(o.g, o.u, o.d, 1.0, None)
     excluded = p == -INF
     safe = p.masked_fill(excluded, 0)
@@ -187,24 +215,55 @@ def compare(o, ids, device, dtype, s=Settings(), mask=None):
         assert g.dtype == dtype and error(g, t) < 3 * UNIT[dtype] + 5e-6, (name, error(g, t))
 
 
+def small_tiles(monkeypatch, size):
+    for name in ("TILE_SIZE", "CUDA_TILE_SIZE"):
+        monkeypatch.setattr(fused, name, size)
+    for name in ("TILE_ROWS", "CUDA_TILE_ROWS"):
+        monkeypatch.setattr(fused, name, 4 if size < 2**20 else 1024)
+
+
 def token_ids(vocab, seed=0):
     return torch.randint(vocab, (2, 5), generator=torch.Generator().manual_seed(seed))
 
 
 @devices
 @dtypes
-@pytest.mark.parametrize("settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)])
+@pytest.mark.parametrize(
+    "settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)]
+)
 @pytest.mark.parametrize("tile_size,keep", [(2**20, 2**22), (320, 0)])
 def test_linear_step_kl_and_all_gradients(device, dtype, settings, tile_size, keep, monkeypatch):
-    monkeypatch.setattr(fused, "TILE_SIZE", tile_size)
+    small_tiles(monkeypatch, tile_size)
     monkeypatch.setattr(fused, "KEEP_UP_TO", keep)
     compare(case(), token_ids(290), device, dtype, settings)
+
+
+@pytest.mark.parametrize(
+    "dtype,of_gradients", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+)
+def test_low_precision_factors_as_on_a_card(dtype, of_gradients, monkeypatch):
+    "The dtypes that a CUDA device gets, with a product that the CPU has."
+    seen = set()
+
+    def multiply(a, b, out, add=False):
+        assert a.dtype == b.dtype and out.dtype == torch.float32
+        seen.add(a.dtype)
+        product = a.float() @ b.float()
+        out.copy_(out + product if add else product)
+
+    monkeypatch.setattr(fused, "_multiply", multiply)
+    monkeypatch.setattr(fused.Side, "product_dtypes", lambda side, _: (dtype, of_gradients))
+    monkeypatch.setattr(fused, "KEEP_UP_TO", 0)
+    small_tiles(monkeypatch, 320)
+    for settings in (Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)):
+        compare(case(), token_ids(290), "cpu", dtype, settings)
+    assert seen == {dtype, of_gradients}
 
 
 @devices
 @dtypes
 def test_masked_steps_and_excluded_tokens(device, dtype, monkeypatch):
-    monkeypatch.setattr(fused, "TILE_SIZE", 200)
+    small_tiles(monkeypatch, 200)
     o, ids = case(), token_ids(200)
     o.c[250:260] = -INF
     o.d[255:260] = -INF
@@ -213,17 +272,24 @@ def test_masked_steps_and_excluded_tokens(device, dtype, monkeypatch):
     assert all((v.cpu()[mask == 0] == 0).all() for v in values)
     ids = torch.where(mask == 1, ids, -100)
     near = Case(*(x.to(device, dtype) for x in o))
-    garbage = near._replace(h=near.h.masked_fill(mask.to(device)[..., None] == 0, math.nan).requires_grad_())
+    garbage = near._replace(
+        h=near.h.masked_fill(mask.to(device)[..., None] == 0, math.nan).requires_grad_()
+    )
     sum(v.sum() for v in ours(garbage, ids.to(device), mask=mask.to(device))).backward()
     assert garbage.h.grad.isfinite().all() and (garbage.h.grad[mask.to(device) == 0] == 0).all()
     exact = Case(*(x.double().cpu() for x in near))
-    for v, t in zip(ours(near, ids.to(device), mask=mask.to(device)), oracle(exact, ids.clamp(min=0))):
+    for v, t in zip(
+        ours(near, ids.to(device), mask=mask.to(device)), oracle(exact, ids.clamp(min=0))
+    ):
         assert_close(v.double().cpu(), torch.where(mask == 1, t, 0), rtol=2e-5, atol=2e-5)
 
 
 @devices
 def test_all_steps_masked_or_no_step(device):
-    o, ids = Case(*(x.float().to(device).requires_grad_() for x in case())), token_ids(301).to(device)
+    o, ids = (
+        Case(*(x.float().to(device).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
     values = ours(o, ids, mask=torch.zeros_like(ids))
     sum(v.sum() for v in values).backward()
     assert all((v == 0).all() for v in values) and (o.w.grad == 0).all()
@@ -259,13 +325,17 @@ def test_lower_precision_of_float32_products_is_not_used(device, setting):
 @devices
 def test_strided_inputs(device):
     o, ids = Case(*(x.float().to(device) for x in case())), token_ids(301).to(device)
-    strided = o._replace(h=o.h.transpose(0, 1).contiguous().transpose(0, 1), w=o.w.T.contiguous().T,
-                         g=torch.stack([o.g, o.g], -1)[..., 0])
+    strided = o._replace(
+        h=o.h.transpose(0, 1).contiguous().transpose(0, 1),
+        w=o.w.T.contiguous().T,
+        g=torch.stack([o.g, o.g], -1)[..., 0],
+    )
     for v, w in zip(ours(strided, ids), ours(o, ids)):
         assert_close(v, w, rtol=1e-5, atol=1e-5)
 
 
 # ---- graphs, compilation, synchronisation ----
+
 
 @devices
 def test_inside_a_function_that_the_user_compiles(device):
@@ -281,8 +351,8 @@ def test_inside_a_function_that_the_user_compiles(device):
     torch._dynamo.reset()
 
 
-def captured(call, inputs):
-    "Outputs of `call` from a CUDA graph, after three calls on a side stream."
+def check_replay(call, inputs, **tolerance):
+    "A CUDA graph of `call`, after three calls on a side stream, against it on other inputs."
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -293,39 +363,109 @@ def captured(call, inputs):
     with torch.cuda.graph(graph):
         static = call()
     for o in inputs:
-        o.data.add_(0.5 * torch.randn_like(o))  # so that the replay must compute
+        o.data.copy_(o.data.flip(0))  # so that the replay must compute
     graph.replay()
     torch.cuda.synchronize()
-    return [o.clone() for o in static]
+    for got, wanted in zip([o.clone() for o in static], call()):
+        assert_close(got, wanted, **tolerance)
 
 
-@only_cuda
-@pytest.mark.parametrize("vocab", [1013, 140_000])  # eager, compiled
-def test_step_kl_in_a_cuda_graph(device, vocab):
-    a, b = (randn(32, vocab, seed=i).float().to(device) for i in range(2))
+def step_kl_graph(vocab):
+    a, b = (randn(32, vocab, seed=i).float().cuda() for i in range(2))
     a.requires_grad_()
 
     def call():
         value = step_kl(a, b)
         return value, torch.autograd.grad(value.sum(), a)[0]
-    got, wanted = captured(call, [a, b]), call()
-    for g, w in zip(got, wanted):
-        assert_close(g, w, rtol=1e-5, atol=1e-7)
+
+    check_replay(call, [a, b], rtol=1e-5, atol=1e-7)
 
 
-@only_cuda
-@pytest.mark.parametrize("masked", [False, True])
-@dtypes
-def test_linear_step_kl_in_a_cuda_graph(device, masked, dtype):
-    o, ids = Case(*(x.to(device, dtype).requires_grad_() for x in case())), token_ids(301).to(device)
-    mask = (torch.arange(5, device=device) < torch.tensor([[3], [4]], device=device)) if masked else None
+def linear_step_kl_graph(dtype, masked, compiled):
+    if compiled:
+        steps.COMPILE_FROM = fused.COMPILE_FROM = 0
+    o, ids = Case(*(x.to("cuda", dtype).requires_grad_() for x in case())), token_ids(301).cuda()
+    lengths = torch.tensor([[3], [4]], device="cuda")
+    mask = (torch.arange(5, device="cuda") < lengths) if masked else None
 
     def call():
         values = ours(o, ids, mask=mask)
         return *values, *torch.autograd.grad(sum(v.sum() for v in values), [o.h, o.w])
-    got, wanted = captured(call, [o.h.detach(), o.g.detach()]), call()
-    for g, w in zip(got, wanted):
-        assert_close(g, w, rtol=1e-3, atol=1e-4)
+
+    check_replay(call, [o.h, o.g], rtol=1e-3, atol=1e-4)
+
+
+GRAPHS = {
+    "step_kl eager": partial(step_kl_graph, 1013),
+    "step_kl compiled": partial(step_kl_graph, 140_000),
+}
+for one in (torch.float32, torch.bfloat16, torch.float16):
+    for how in (False, True):
+        key = f"linear_step_kl {one} {'masked' if how else 'all'}"
+        GRAPHS[key] = partial(linear_step_kl_graph, one, how, False)
+GRAPHS["linear_step_kl compiled"] = partial(linear_step_kl_graph, torch.bfloat16, True, True)
+
+
+def try_graphs():
+    "What each graph fails with, or an empty string."
+    found = {}
+    for name, check in GRAPHS.items():
+        try:
+            check()
+            found[name] = ""
+        except Exception as fault:  # noqa: BLE001  (reported by the test of this name)
+            found[name] = f"{type(fault).__name__}: {fault}"[:1500]
+    return found
+
+
+@pytest.fixture(scope="module")
+def graph_faults():
+    "From a process of its own: a broken capture leaves the process without a generator."
+    here = Path(__file__).parent
+    source = "import json, test_gpu; print('RESULT', json.dumps(test_gpu.try_graphs()))"
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(here.parent), str(here)]))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=env)
+    lines = [o for o in done.stdout.splitlines() if o.startswith("RESULT ")]
+    assert lines, done.stderr[-2000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@only_cuda
+@pytest.mark.parametrize("name", GRAPHS)
+def test_cuda_graphs(device, name, graph_faults):
+    assert not graph_faults[name], graph_faults[name]
+
+
+def tiles_of(o, ids):
+    "`linear_step_kl` after its checks, which look at the ids once."
+    return fused._LinearStepKL.apply(
+        o.h.reshape(-1, 64),
+        o.w,
+        o.c,
+        o.g.reshape(-1, 48),
+        o.u,
+        o.d,
+        ids.reshape(-1),
+        301,
+        [fused.Bend(1.0, None, 1.0)] * 2,
+    )
+
+
+def test_no_value_is_looked_at(monkeypatch):
+    "On the device `meta`, which has no values: `.item()`, `nonzero` and the like raise there."
+    monkeypatch.setattr(fused, "_exact_products", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(fused, "CUDA_TILE_SIZE", 320)
+    a, b = (torch.empty(4, 5, 1013, device="meta", requires_grad=o) for o in (True, False))
+    step_kl(a, b).sum().backward()
+    assert a.grad.shape == a.shape
+    for keep in (0, 2**22):
+        monkeypatch.setattr(fused, "KEEP_UP_TO", keep)
+        o = Case(*(x.float().to("meta").requires_grad_() for x in case()))
+        values = tiles_of(o, token_ids(301).to("meta"))
+        sum(v.sum() for v in values).backward()
+        assert all(x.grad.shape == x.shape for x in o)
+    with pytest.raises((RuntimeError, NotImplementedError)):  # so that the check can fail
+        a.sum().item()
 
 
 @only_cuda
@@ -333,21 +473,23 @@ def test_the_host_never_waits(device):
     "But for one look at the ids, before the first tile."
     a, b = (randn(4, 5, 1013, seed=i).float().to(device) for i in range(2))
     a.requires_grad_()
-    o, ids = Case(*(x.float().to(device).requires_grad_() for x in case())), token_ids(301).to(device)
+    o, ids = (
+        Case(*(x.float().to(device).requires_grad_() for x in case())),
+        token_ids(301).to(device),
+    )
     for _ in range(2):  # the first time for what is compiled and set up
         torch.cuda.set_sync_debug_mode("error" if _ else "default")
         try:
             step_kl(a, b).sum().backward()
-            values = fused._LinearStepKL.apply(o.h.reshape(-1, 64), o.w, o.c, o.g.reshape(-1, 48), o.u, o.d,
-                                               ids.reshape(-1), 301, [(1.0, None, 1.0)] * 2)
+            values = tiles_of(o, ids)
             sum(v.sum() for v in values).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
 @only_cuda
-def test_a_batch_of_real_size(device):
-    "Several tiles in both directions at their real sizes, in bfloat16; the oracle sees some of the rows."
+def test_a_batch_of_real_size(device, monkeypatch):
+    "Several tiles in both directions at real sizes, in bfloat16; the oracle sees some rows."
     torch.manual_seed(0)
     tokens, hidden, vocab = 1500, 256, 60_001
     h, w = torch.randn(tokens, hidden, device=device), torch.randn(vocab, hidden, device=device) / 8
@@ -356,6 +498,7 @@ def test_a_batch_of_real_size(device):
     h.requires_grad_()
     w.requires_grad_()
     ids = torch.randint(vocab, (1, tokens), device=device)
+    monkeypatch.setattr(fused, "CUDA_TILE_ROWS", 1024)
     out = linear_step_kl(h[None], w, g[None], u, ids)
     rows = slice(0, tokens, 50)
     p, q = (x[rows].double() @ y.double().T for x, y in ((h, w), (g, u)))
