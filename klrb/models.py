@@ -147,7 +147,8 @@ def _files(name: str) -> dict[str, Any]:  # arguments of `from_pretrained`
 
 
 def _check_exists(name: str, path: Path) -> None:
-    looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    outside_hub = name.partition("@")[0].count("/") > 1  # a revision may have slashes of its own
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf") or outside_hub
     if looks_local and not path.exists():
         raise InputError(f"`model` is {name!r}, and there is no such file or folder.")
     if path.suffix == ".gguf" and find_spec("gguf") is None:

@@ -310,7 +310,7 @@ def test_the_whole_of_a_context_can_be_read_and_no_more():
 
 def test_ids_that_the_model_does_not_have():
     policy = tiny("llama")
-    with pytest.raises(ValueError, match="token id 97, but the models' logits have 97 entries"):
+    with pytest.raises(ValueError, match="token id 97, but .* knows ids from 0 to 96"):
         measure_text(policy, policy, [[5, 6, 97]], tokenizer=tokenizer())
-    with pytest.raises(ValueError, match="holds '-1', which is no token id"):
+    with pytest.raises(ValueError, match="holds the token id -1, which is no token id"):
         measure_text(policy, policy, [[5, -1, 7]], tokenizer=tokenizer())
