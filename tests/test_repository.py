@@ -213,6 +213,13 @@ def test_experiment_parameters(path):
     assert not parameter_problems(path)
 
 
+@pytest.mark.parametrize("path", found(NOTEBOOKS))
+def test_no_notebook_leaves_a_default_type_behind(path):
+    "nbdev_test runs several notebooks in one process: the next one would compute in float64"
+    set_to = re.findall(r"set_default_dtype\(([\w.]+)\)", source(nbformat.read(path, as_version=4)))
+    assert not set_to or set_to[-1] == "torch.float32"
+
+
 def test_no_notebook_is_hidden_from_nbdev_test():
     hidden = [
         o
