@@ -1,7 +1,7 @@
 """Distributions that differ in a few tokens of a long flat vocabulary: the digits of a tiny KL.
 
 δ is nearly constant there, but for the tokens that differ. Sums that refer to another constant lose
-its square. The truth is eq. 5 of 01_steps in float64, from the same float32 logits.
+its square. The truth is eq. 5 of kernels/201_digits in float64, from the same float32 logits.
 """
 
 import pytest
@@ -12,7 +12,7 @@ from klrb.fused import linear_step_kl
 from klrb.steps import step_kl
 
 VOCABS = [50_000, 150_000]
-LIMIT = 1e-4  # of the relative error, promised in 01_steps
+LIMIT = 1e-4  # of the relative error, promised in kernels/201_digits
 
 
 def moved(kind, vocab_size, rows=2, sigma=0.3):

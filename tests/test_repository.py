@@ -77,9 +77,9 @@ def anatomy_problems(nb, name: str) -> list:
         if exports or re.search(r"^#\|\s*export", source(nb), re.M):
             problems.append("exports; only modules do")
     else:
-        match = re.fullmatch(r"\d\d_[a-z][a-z0-9_]*\.ipynb", file)
+        match = re.fullmatch(r"\d\d\d_[a-z][a-z0-9_]*\.ipynb", file)
         if folder not in PARTS or not match:
-            problems.append("neither nbs/PART/NN_topic.ipynb nor nbs/index.ipynb")
+            problems.append("neither nbs/PART/NNN_topic.ipynb nor nbs/index.ipynb")
         elif (
             folder not in SILENT
             and not exports
@@ -233,14 +233,14 @@ def test_no_notebook_is_hidden_from_nbdev_test():
 def test_anatomy_check_finds_problems():
     text = new_markdown_cell("# Steps\n\n> Exact sums are cheap.")
     good = new_notebook(cells=[new_code_cell("#| default_exp steps"), text])
-    assert anatomy_problems(good, "theory/10_steps.ipynb") == []
-    assert len(anatomy_problems(new_notebook(), "rlhf/50_steps.ipynb")) == 3
-    assert len(anatomy_problems(new_notebook(), "theory/10_steps.ipynb")) == 2
+    assert anatomy_problems(good, "theory/101_steps.ipynb") == []
+    assert len(anatomy_problems(new_notebook(), "rlhf/501_steps.ipynb")) == 3
+    assert len(anatomy_problems(new_notebook(), "theory/101_steps.ipynb")) == 2
     assert "only modules do" in anatomy_problems(good, "experiments/rloo.ipynb")[0]
-    assert "only modules do" in anatomy_problems(good, "results/70_rloo.ipynb")[0]
-    assert "neither" in anatomy_problems(good, "10_steps.ipynb")[0]
-    assert anatomy_problems(new_notebook(cells=[text]), "theory/10_steps.ipynb") == []
-    assert "nothing" in anatomy_problems(new_notebook(cells=[text]), "rlhf/50_steps.ipynb")[0]
+    assert "only modules do" in anatomy_problems(good, "results/701_rloo.ipynb")[0]
+    assert "neither" in anatomy_problems(good, "101_steps.ipynb")[0]
+    assert anatomy_problems(new_notebook(cells=[text]), "theory/101_steps.ipynb") == []
+    assert "nothing" in anatomy_problems(new_notebook(cells=[text]), "rlhf/501_steps.ipynb")[0]
 
 
 @pytest.mark.parametrize(
@@ -262,9 +262,9 @@ def test_form_check_finds_problems(code, problem):
 
 def test_no_two_chapters_share_a_number():
     "The reader's order is the file order"
-    numbers = [o.name[:2] for o in NOTEBOOKS if o.name[:2].isdigit()]
+    numbers = [o.name[:3] for o in NOTEBOOKS if o.name[:2].isdigit()]
     assert len(numbers) == len(set(numbers))
-    parts = {part: sorted(int(o.name[:2]) for o in (NBS / part).glob("*.ipynb")) for part in PARTS}
+    parts = {part: sorted(int(o.name[:3]) for o in (NBS / part).glob("*.ipynb")) for part in PARTS}
     ends = [(found[0], found[-1]) for found in parts.values()]
     assert all(last < first for (_, last), (first, _) in zip(ends, ends[1:]))
 
@@ -462,7 +462,7 @@ def test_readme_rendering():
             new_code_cell("#|hide\nimport os"),
             new_markdown_cell(
                 "# klrb\n\n> Less noise.\n\n"
-                "![front](../outputs/published/pareto.svg) [next](judge/30_tabular.ipynb#a)\n"
+                "![front](../outputs/published/pareto.svg) [next](judge/301_tabular.ipynb#a)\n"
                 '<img src="../outputs/x.svg"> [paper](https://arxiv.org/abs/2504) [below](#use)'
             ),
             new_code_cell("#| eval: false\n\nprint(0.5)\n1 + 2", outputs=output),
@@ -471,7 +471,7 @@ def test_readme_rendering():
     text = check_sync.render_readme(nb)
     assert text == check_sync.README_NOTE + (
         "# klrb\n\n> Less noise.\n\n"
-        "![front](outputs/published/pareto.svg) [next](nbs/judge/30_tabular.ipynb#a)\n"
+        "![front](outputs/published/pareto.svg) [next](nbs/judge/301_tabular.ipynb#a)\n"
         '<img src="outputs/x.svg"> [paper](https://arxiv.org/abs/2504) [below](#use)\n\n'
         "```python\nprint(0.5)\n1 + 2\n```\n\n```text\n0.5\n```\n\n```text\n3\n```\n"
     )
