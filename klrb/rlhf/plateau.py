@@ -42,7 +42,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['BASIS', 'TRACED', 'Plan', 'Inputs', 'load_inputs', 'Clock', 'train_stage', 'update_products', 'deviations',
+__all__ = ['PLANS', 'BASIS', 'TRACED', 'Plan', 'Inputs', 'load_inputs', 'Clock', 'train_stage', 'update_products', 'deviations',
            'trace_rows', 'trace_stage', 'read_products', 'run_study', 'main']
 
 # %% ../../nbs/rlhf/515_plateau.ipynb #a51505
@@ -98,6 +98,22 @@ class Plan:
     def snapshots(self) -> list[int]:  # updates after which policies are kept
         "A quarter, half and all of the way."
         return [self.updates // 4, self.updates // 2, self.updates]
+
+
+PLANS: dict[str, Plan] = dict(
+    published=Plan(),
+    smoke=Plan(
+        updates=2,
+        seeds=2,
+        betas=(0.5,),
+        stages=("constant", "traces"),
+        evaluate_every=1,
+        eval_prompts=6,
+        log_every=1,
+        trace_batches=4,
+        trace_seeds=1,
+    ),
+)
 
 
 @dataclass
