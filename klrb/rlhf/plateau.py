@@ -61,6 +61,8 @@ class Plan:
     eval_completions: int = 2  # of every evaluation prompt
     eval_prompts: int = 256  # the pocket profile's
     log_every: int = 10  # updates whose means are one row of the log
+    batch: int = 32  # rollouts of an update, the paper's
+    max_completion_length: int = 24  # the pocket profile's
     trace_batches: int = 64  # independent batches behind a covariance
     trace_seeds: int = 2  # runs of each setting whose snapshots are measured
     arms_at_once: int = 128  # bounds the memory
@@ -86,12 +88,13 @@ class Plan:
         self,
         stage: str,  # constant, half, linear or pairs
     ) -> Settings:  # of its arms
-        "Batches of 32 rollouts; two completions a prompt, as in the paper, in the stage `pairs`."
+        "Four completions of a prompt, and two, as in the paper, in the stage `pairs`."
         group = 2 if stage == "pairs" else 4
         return Settings(
             updates=self.updates,
-            prompts_per_update=32 // group,
+            prompts_per_update=self.batch // group,
             num_generations=group,
+            max_completion_length=self.max_completion_length,
             arms_at_once=self.arms_at_once,
         )
 
@@ -110,6 +113,8 @@ PLANS: dict[str, Plan] = dict(
         evaluate_every=1,
         eval_prompts=6,
         log_every=1,
+        batch=8,
+        max_completion_length=6,
         trace_batches=4,
         trace_seeds=1,
     ),
