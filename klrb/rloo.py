@@ -24,14 +24,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import GRPOConfig, RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
@@ -43,6 +37,15 @@ from .gradients import GRADIENTS, kl_baseline, kl_surrogate
 from .models import accepted_inputs, causal_lm, check_lm_head, completion_hidden
 from .models import lm_head, step_inputs
 from .rlhf.dpo import check_padding
+from klrb.rlhf.sampling import (
+    FIXED,
+    FREE,
+    SAMPLED,
+    biased_generation,
+    check_noise,
+    own_distribution,
+    without_noise,
+)
 from klrb.update import (
     CoefficientFit,
     UpdateBaseline,
@@ -53,137 +56,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['FREE_SETTINGS', 'FIXED_SETTINGS', 'UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
-
-# %% ../nbs/rlhf/508_rloo.ipynb #b7c0a1d2
-FREE_SETTINGS = frozenset(
-    (  # fields of `RLOOConfig` that change neither what is sampled nor what is scored
-        # the update: which step follows a gradient that is right
-        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
-        "weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm "
-        "num_train_epochs max_steps "
-        # how much is sampled, and in which parts it is used: what is no longer on-policy is weighed
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "num_generations num_generations_eval generation_batch_size steps_per_generation "
-        "num_iterations shuffle_dataset seed data_seed max_completion_length "
-        "average_tokens_across_devices eval_accumulation_steps "
-        # both models' logits are divided by it, in sampling and in scoring
-        "temperature "
-        # the reward and its clip, as in TRL: they are no part of the KL. `beta` is ours
-        "beta epsilon epsilon_high reward_weights reward_clip_range router_aux_loss_coef "
-        # excludes completions that were cut from the loss and from the log; see below
-        "mask_truncated_completions "
-        # the reference moves between generation batches only, which is checked
-        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
-        # rollouts are sampled and scored in evaluation mode: dropout is off with or without it
-        "disable_dropout "
-        # prompts and padding: both models read the same ids and masks
-        "chat_template_kwargs pad_to_multiple_of remove_unused_columns label_names "
-        "length_column_name train_sampling_strategy dataloader_drop_last dataloader_num_workers "
-        "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataloader_multiprocessing_context dataloader_in_order ignore_data_skip "
-        "auto_find_batch_size "
-        # precision, memory and compilation: the same for both models, or rounding
-        "bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing "
-        "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
-        "torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps "
-        "full_determinism "
-        # not used by TRL's loss, or only with what is refused below
-        "label_smoothing_factor liger_kernel_config model_init_kwargs trust_remote_code vllm_mode "
-        "vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
-        "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
-        "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
-        "vllm_tensor_parallel_size "
-        # devices and processes; sharded heads are refused when the trainer is made
-        "use_cpu accelerator_config parallelism_config deepspeed ds3_gather_for_generation "
-        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
-        "ddp_backend ddp_timeout local_rank fsdp_config "
-        # logging, evaluation, checkpoints
-        "output_dir logging_strategy logging_steps logging_first_step log_on_each_node "
-        "logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica "
-        "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
-        "trackio_static_space_id log_completions log_multimodal num_completions_to_print "
-        "log_unique_prompts eval_strategy eval_steps eval_delay prediction_loss_only "
-        "eval_on_start eval_do_concat_batches eval_use_gather_object include_for_metrics "
-        "batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node "
-        "save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
-        "hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
-        "metric_for_best_model greater_is_better restore_callback_states_from_checkpoint debug "
-        "skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint "
-    ).split()
-)
-
-_SAMPLED = "completions would be sampled from another distribution than the one that is scored"
-FIXED_SETTINGS = {  # name -> values that change nothing, and what any other would do
-    "top_k": ((0,), _SAMPLED),  # None is 50 to `generate`
-    "top_p": ((1.0,), _SAMPLED),
-    "min_p": ((None, 0.0), _SAMPLED),
-    "repetition_penalty": ((1.0,), _SAMPLED),
-    "cache_implementation": (
-        (None, "dynamic", "static", "offloaded", "offloaded_static"),
-        _SAMPLED,
-    ),  # no quantized one
-    "use_vllm": ((False,), _SAMPLED),  # other kernels, other rounding, settings of its own
-    "use_transformers_continuous_batching": ((False,), _SAMPLED),  # rounds the policy to bfloat16
-    "transformers_continuous_batching_config": ((None,), _SAMPLED),
-    "use_transformers_paged": ((False,), _SAMPLED),
-    "neftune_noise_alpha": (
-        (None,),
-        "completions would be scored with noise that they were not sampled with",
-    ),
-    "use_liger_kernel": (
-        (False,),
-        "the policy would be scored by other kernels than the reference",
-    ),
-    "normalize_advantages": (
-        (False,),
-        "the reward would be divided by its spread in each batch and the KL would not",
-    ),
-    "fsdp": (
-        (None, "", False),
-        "the fused kernel would need the head's shards again in the backward pass",
-    ),
-}
-
-# %% ../nbs/rlhf/508_rloo.ipynb #a1b2c3d4
-_FREE_GENERATION = frozenset(
-    (  # fields of `GenerationConfig` that cannot change what a token is drawn from
-        "max_new_tokens max_length "  # where a completion is cut, a function of its length alone
-        "pad_token_id bos_token_id "  # what follows the end; what an empty prompt begins with
-        # speed and memory
-        "use_cache max_cache_len prefill_chunk_size compile_config disable_compile low_memory "
-        # what is returned besides
-        "output_attentions output_hidden_states output_scores output_logits "
-        "transformers_version _from_model_config"
-    ).split()
-)
-
-
-def _biased_generation(
-    settings: dict[str, Any],  # fields of `GenerationConfig`
-    temperature: float,  # what completions are scored with
-    eos_token_ids: list[int] | None = None,  # ends of a completion; None: to be left out
-) -> (
-    tuple[str, Any] | None
-):  # the first field, with its value, that changes what completions are drawn from
-    "A setting of `generate` with which sampling would not be from the policy at `temperature`."
-    neutral = GenerationConfig._get_default_generation_params() | dict(
-        do_sample=True, top_k=0, temperature=temperature, eos_token_id=eos_token_ids, min_p=0.0
-    )
-    needed = (
-        "do_sample",
-        "temperature",
-        "top_k",
-        "eos_token_id",
-    )  # None is no neutral value of these
-    for name, value in settings.items():
-        if name in _FREE_GENERATION or value is None and name not in needed:
-            continue
-        if name == "cache_implementation" and value in FIXED_SETTINGS[name][0]:
-            continue
-        if value != neutral.get(name):
-            return name, value
-    return None
+__all__ = ['UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
 
 # %% ../nbs/rlhf/508_rloo.ipynb #f3e230e3
 UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
@@ -205,7 +78,7 @@ class RBRLOOConfig(RLOOConfig):
     kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED
 
     def __post_init__(self):
-        check_settings(self, RLOOConfig, FREE_SETTINGS, FIXED_SETTINGS)
+        check_settings(self, RLOOConfig, FREE, FIXED)
         super().__post_init__()
 
 
@@ -255,10 +128,10 @@ def check_settings(
             )
     given = args.generation_kwargs or {}
     given = json.loads(given) if isinstance(given, str) else given
-    if biased := _biased_generation(given, args.temperature):
+    if biased := biased_generation(given, args.temperature):
         name, value = biased
         raise InputError(
-            f"`generation_kwargs` sets `{name}` to {value!r}: {_SAMPLED}, "
+            f"`generation_kwargs` sets `{name}` to {value!r}: {SAMPLED}, "
             "and the gradient would be biased; leave it out."
         )
 
@@ -269,62 +142,6 @@ def _default(setting: dataclasses.Field) -> Any:
         if setting.default_factory is dataclasses.MISSING
         else setting.default_factory()
     )
-
-# %% ../nbs/rlhf/508_rloo.ipynb #e1f2a3b4
-@contextmanager
-def _own_distribution(model: PreTrainedModel, settings: GenerationConfig):
-    "Meanwhile `settings` are all that `model.generate` knows."
-    holders = [
-        holder for holder in (model, causal_lm(model)) if "generation_config" in vars(holder)
-    ]
-    its_own = [holder.generation_config for holder in holders]
-    try:
-        for holder in holders:
-            holder.generation_config = settings
-        yield
-    finally:
-        for holder, kept in zip(holders, its_own):
-            holder.generation_config = kept
-
-
-def _without_noise(
-    model: PreTrainedModel, checkpointed: bool = False
-) -> None:  # True: as if all layers recomputed
-    "Evaluation mode for all inside `model`, but for layers that recompute their activations."
-    for module in model.modules():
-        if module is not model:
-            recomputes = isinstance(module, GradientCheckpointingLayer) and (
-                module.gradient_checkpointing or checkpointed
-            )
-            module.training = model.training and recomputes
-
-
-def _probe(model: PreTrainedModel) -> Tensor:  # last hidden states of sixteen tokens
-    body = causal_lm(model).base_model
-    ids = (
-        torch.arange(16, device=next(body.parameters()).device)[None]
-        % model.config.get_text_config().vocab_size
-    )
-    return body(input_ids=ids, use_cache=False).last_hidden_state.float()
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:  # up to rounding in bfloat16; noise is far outside
-    ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
-    return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
-
-
-def _check_noise(model: PreTrainedModel, checkpointed: bool) -> None:
-    gpus = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=gpus), torch.no_grad():
-        expected = _probe(model)
-        model.train()
-        _without_noise(model, checkpointed)
-        if not _same(_probe(model), expected):
-            raise InputError(
-                f"`model` ({type(causal_lm(model)).__name__}) computes something else in "
-                "training mode, dropout for instance: what is sampled would not be what is scored. "
-                "Set `gradient_checkpointing=False`, or the model's dropout to 0."
-            )
 
 # %% ../nbs/rlhf/508_rloo.ipynb #a2b3c4d5
 def _check_models(model, ref_model, peft_config, args):
@@ -572,7 +389,7 @@ class ExactPenalty:
             if model is not None:
                 with evaluating(model):
                     check_lm_head(model)
-        _check_noise(
+        check_noise(
             self.model, bool(self.args.gradient_checkpointing or self.args.activation_checkpointing)
         )
         _add_hidden_forward(causal_lm(self.model))
@@ -587,13 +404,13 @@ class ExactPenalty:
 
     def _generate_single_turn(self, *args):
         settings = self.generation_config
-        if biased := _biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
+        if biased := biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
             raise InputError(
                 f"`generation_config` of the trainer sets `{biased[0]}` to {biased[1]!r}: "
-                f"{_SAMPLED}, and the gradient would be biased."
+                f"{SAMPLED}, and the gradient would be biased."
             )
-        _without_noise(self.model)
-        with _own_distribution(self.accelerator.unwrap_model(self.model), settings):
+        without_noise(self.model)
+        with own_distribution(self.accelerator.unwrap_model(self.model), settings):
             return super()._generate_single_turn(*args)
 
     def _get_per_token_logps_and_entropies(
@@ -674,7 +491,7 @@ class ExactPenalty:
                 completion_mask,
             ), aux_loss
 
-        _without_noise(self.model)
+        without_noise(self.model)
         with self.accelerator.autocast():
             scores, aux_loss = model(**inputs, from_hidden=from_hidden)
         if self._scoring is not None:
@@ -832,7 +649,7 @@ class RBRLOOTrainer(ExactPenalty, RLOOTrainer):
                 f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
             )
         # once more: fields may have been set since
-        check_settings(args, RLOOConfig, FREE_SETTINGS, FIXED_SETTINGS)
+        check_settings(args, RLOOConfig, FREE, FIXED)
         super().__init__(
             model, ref_model, reward_funcs, args, train_dataset, processing_class, **kwargs
         )
