@@ -283,27 +283,24 @@ def _add_hidden_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(with_hidden_exit, model)
 
 
-def _aux_loss(
-    model, outputs, attention_mask
-):  # of a mixture of experts, as the model's own forward computes it
+def _aux_loss(model, outputs, attention_mask):
+    "Auxiliary loss of a mixture of experts, as the model's own forward computes it."
     if getattr(outputs, "router_logits", None) is None:
         raise InputError(
             f"`model` ({type(model).__name__}) does not give the logits of its routers, which its "
             "auxiliary loss needs; set `router_aux_loss_coef=0.0`."
         )
     config = model.config.get_text_config()
-    balance = getattr(
-        sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func
-    )
+    module = sys.modules[type(model).__module__]
+    balance = getattr(module, "load_balancing_loss_func", load_balancing_loss_func)
     experts = getattr(model, "num_experts", None) or config.num_experts
     return balance(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
 def _score_sampled(hidden, head, completion_ids, completion_mask, temperature):
     mask, dtype = completion_mask.bool(), torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(
-        hidden.device.type, enabled=False
-    ):  # in float32, as `linear_step_kl`, which scored the rollouts
+    # In float32, as `linear_step_kl`, which scored the rollouts.
+    with torch.autocast(hidden.device.type, enabled=False):
         values = ChunkedLogProbFunction.apply(
             hidden[mask].to(dtype),
             head.weight,
