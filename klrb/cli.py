@@ -432,7 +432,9 @@ def _measured(given: dict):
     from klrb.compare.text import measure_text
     from klrb.compare.topk import measure_topk
 
-    functions = dict(hidden=measure_hidden, topk=measure_topk, text=measure_text, prompts=measure_kl)
+    functions = dict(
+        hidden=measure_hidden, topk=measure_topk, text=measure_text, prompts=measure_kl
+    )
     found = (o for o in ("hidden", "topk", "text") if given[o] not in (None, [], ()))
     mode = next(found, "prompts")
     allowed = signature(functions[mode]).parameters
@@ -489,6 +491,42 @@ def _show(measured, as_json: bool) -> None:
     ]
     if unreachable:
         raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
+
+# %% ../nbs/sweeps/608_cli.ipynb #d0c70002
+@app.command("doctor", context_settings=dict(ignore_unknown_options=True, allow_extra_args=True))
+def _doctor(
+    context: typer.Context,
+    config: str = typer.Argument(
+        help="YAML, JSON or shell script; or rloo, grpo, distillation, verl or openrlhf."
+    ),
+    trainer: str = typer.Option(
+        None, show_default="by its settings", help="Whose config it is: one of these names."
+    ),
+    tokenizer: str = typer.Option(
+        None, show_default="not looked at", help="Model whose padding and end tokens are looked at."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    "Say what a trainer's config makes of the KL; settings may follow: --beta 0.1, or name=value."
+    with one_line_errors():
+        from klrb.doctor import diagnose
+
+        pad_is_eos = None
+        if tokenizer is not None:
+            from klrb.models import load_tokenizer
+
+            _quiet_loading()
+            found = load_tokenizer(tokenizer)
+            pad_is_eos = found.pad_token_id == found.eos_token_id
+        diagnosis = diagnose(config, context.args, trainer, pad_is_eos)
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(diagnosis.to_json()))
+        else:
+            typer.echo(repr(diagnosis))
+        if not (diagnosis.healthy or diagnosis.unbiased is None and not diagnosis.problems):
+            raise typer.Exit(1)
 
 # %% ../nbs/sweeps/608_cli.ipynb #dc8e1b54
 if __name__ == "__main__" and "__file__" in globals():
