@@ -142,43 +142,24 @@ class Rewriter:
         self.counts = dict(links=0, citations=0)
 
     def markdown(self, page: Page, text: str) -> str:
+        text = self.environments(page, text)
         text = self.displays(page, text)
         parts = CODE.split(text)
         parts[::2] = [self.mentions(page, o) for o in parts[::2]]
-        text = "".join(parts)
-        text = LINK.sub(lambda match: self.link(page, match), text)
-        text = self.environments(page, text)
-        return text
+        return LINK.sub(lambda match: self.link(page, match), "".join(parts))
 
     def displays(self, page: Page, text: str) -> str:
         "Each displayed formula on lines of its own, with its target and the chapter in its tag."
-        key = page.number
+        chapter = page.number + "." if page.number else ""
 
         def display(match):
-            indent, body = match[1], match[2].strip()
+            body = match[1].strip()
             number = TAG.search(body)
-            body = TAG.sub(lambda m: rf"\tag{{{key + '.' if key else ''}{m[1]}}}", body)
-            lines = ["", "$$", *body.splitlines(), "$$", ""]
-            if number:
-                lines.insert(1, f"({page.labels[f'eq-{number[1]}'][0]})=")
-            return "\n" + "\n".join((indent + o).rstrip() for o in lines) + "\n" + indent
+            target = f"({page.labels[f'eq-{number[1]}'][0]})=\n" if number else ""
+            body = TAG.sub(rf"\\tag{{{chapter}\1}}", body)
+            return f"\n\n{target}$$\n{body}\n$$\n\n"
 
-        return re.sub(
-            r"(?:^|(?<=\n))((?:> ?)?) *\$\$(.+?)\$\$", self._unquote(display), text, flags=re.S
-        )
-
-    @staticmethod
-    def _unquote(display):
-        "In a quotation the lines of a formula carry the mark of the quotation."
-
-        def inner(match):
-            if not match[1]:
-                return display(match)
-            body = re.sub(r"^> ?", "", match[2], flags=re.M)
-            fake = re.match(r"(.*?)\x00(.*)", f"{match[1]}\x00{body}", re.S)
-            return display(fake)
-
-        return inner
+        return re.sub(r"^ *\$\$(.+?)\$\$", display, text, flags=re.S | re.M)
 
     def mentions(self, page: Page, text: str) -> str:
         "`eq. 3` in running text, where the chapter has one, becomes a link."
@@ -414,7 +395,8 @@ def with_solutions(page: Page, cells: list) -> list:
             raise BookError(f"{page.name}: exercise {match[1]} has no solution")
         out.append(
             markdown_cell(
-                f":::{{solution-start}} {target}\n:label: solution-{target}\n:class: dropdown\n:::\n"
+                f":::{{solution-start}} {target}\n"
+                f":label: solution-{target}\n:class: dropdown\n:::\n"
             )
         )
         out += solutions[match[1]]
@@ -423,17 +405,6 @@ def with_solutions(page: Page, cells: list) -> list:
 
 
 # ---- the book ----
-
-
-def works(path: Path) -> dict:
-    "Key of every entry of a .bib file, with its fields."
-    found = {}
-    for kind, key, body in re.findall(
-        r"^@(\w+)\{([\w-]+),\n(.*?)^\}", path.read_text(), re.M | re.S
-    ):
-        fields = dict(re.findall(r"^\s*(\w+) = \{(.*)\},?$", body, re.M))
-        found[key] = dict(kind=kind, **fields)
-    return found
 
 
 def toctrees(pages: dict, api: list) -> str:
@@ -452,12 +423,13 @@ EXTRA = ["prefix_explorer"] if (Path(__file__).parent / "prefix_explorer.md").ex
 def build(target: Path, repository: str) -> dict:
     "Write every page under `target`; returns how many links and citations there are."
     import api
+    import references
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     pages = read_pages()
     bib = Path(__file__).parent / "references.bib"
-    rewriter = Rewriter(pages, set(works(bib)), repository, target)
+    rewriter = Rewriter(pages, set(references.entries(bib)), repository, target)
     shutil.copy(bib, target)
     api_pages = api.write(target / "api", pages, rewriter)
     for name, page in pages.items():
