@@ -130,6 +130,7 @@ def read_pages() -> dict:
 
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"(```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$)", re.S)
+EXERCISE_MENTION = re.compile(r"\b([Ee]xercise) (\d+)\b(?![:.]\d)")
 MENTION = re.compile(r"(?<![\w\[#-])([Ee]qs?)\. (\d+)(?:( (?:and|to) )(\d+))?(?![\d\]])")
 
 
@@ -176,8 +177,18 @@ class Rewriter:
             joined = (match[3] or "").join(one(o) for o in numbers)
             return f"{match[1]}. {joined}"
 
-        pieces = re.split(r"(\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\))", text)  # links stay
-        pieces[::2] = [MENTION.sub(mention, o) for o in pieces[::2]]
+        def exercise(match):
+            if f"exercise-{match[2]}" not in page.labels:
+                return match[0]
+            target, shown = page.labels[f"exercise-{match[2]}"]
+            self.counts["links"] += 1
+            return f"[{match[1]} {shown.rpartition(' ')[2]}](#{target})"
+
+        pieces = re.split(
+            r"(^#+ .*$|\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\))", text, flags=re.M
+        )  # headings and links stay
+        for i in range(0, len(pieces), 2):
+            pieces[i] = EXERCISE_MENTION.sub(exercise, MENTION.sub(mention, pieces[i]))
         return "".join(pieces)
 
     def link(self, page: Page, match) -> str:
@@ -225,9 +236,11 @@ class Rewriter:
         if key not in self.works:
             raise BookError(f"{page.name}: references.bib has no {key}")
         self.counts["citations"] += 1
-        before = match.string[: match.start()]
-        inside = before.count("(") > before.count(")") or before.rstrip()[-1:] in "(;"
-        return f"{{cite:{'alp' if inside else 't'}}}`{key}`"
+        words = re.fullmatch(r"(.*?) ?(\(?)\d{4}\w?\)?", match[2])
+        if not words:
+            return f"{{cite:t}}`{key}`"
+        year = f"{{cite:year}}`{key}`"
+        return f"{words[1]} ".lstrip() + (f"({year})" if words[2] else year)
 
     def asset(self, page: Page, where: str) -> str:
         to = self.target / "_assets" / where.replace("/", "_")
@@ -389,18 +402,15 @@ def with_solutions(page: Page, cells: list) -> list:
         before = source(cell)[: match.start()].strip()
         if before:
             out.append(markdown_cell(before))
-        title = match[2] or ""
-        out.append(markdown_cell(f":::::{{exercise}} {title}\n:label: {target}\n\n{body}\n:::::\n"))
+        number = page.labels[f"exercise-{match[1]}"][1].rpartition(" ")[2]
+        title = f"Exercise {number}" + (f": {match[2]}" if match[2] else "")
+        box = f":::::{{admonition}} {title}\n:class: exercise\n\n{body}\n:::::\n"
+        out.append(markdown_cell(f"({target})=\n{box}"))
         if match[1] not in solutions:
             raise BookError(f"{page.name}: exercise {match[1]} has no solution")
-        out.append(
-            markdown_cell(
-                f":::{{solution-start}} {target}\n"
-                f":label: solution-{target}\n:class: dropdown\n:::\n"
-            )
-        )
+        out.append(markdown_cell('<details class="solution"><summary>Solution</summary>'))
         out += solutions[match[1]]
-        out.append(markdown_cell(":::{solution-end}\n:::\n"))
+        out.append(markdown_cell("</details>"))
     return out
 
 

@@ -21,7 +21,6 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinxcontrib.bibtex",
     "sphinx_proof",
-    "sphinx_exercise",
     "sphinx_copybutton",
 ]
 root_doc = "index"
@@ -35,7 +34,6 @@ myst_dmath_double_inline = True
 bibtex_bibfiles = ["references.bib"]
 bibtex_reference_style = "author_year"
 bibtex_default_style = "alpha"
-exercise_style = "solution_follow_exercise"
 add_module_names = False
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
