@@ -27,6 +27,7 @@ PARTS = {
     "experiments": "Experiments",
 }
 REFERENCES = "theory/114_references"  # on the site, the bibliography
+BIBLIOGRAPHY = Path(__file__).resolve().parent / "references.bib"
 LONG = 24  # lines; longer code folds
 ENVIRONMENTS = ("Theorem", "Proposition", "Lemma", "Corollary", "Definition", "Proof", "Remark")
 # A chapter that imports nothing else runs wherever torch does.
@@ -158,6 +159,9 @@ class Rewriter:
             number = TAG.search(body)
             target = f"({page.labels[f'eq-{number[1]}'][0]})=\n" if number else ""
             body = TAG.sub(rf"\\tag{{{chapter}\1}}", body)
+            if number and r"\\" in body:  # Sphinx would split it, and a split has no tag
+                body = f"\\begin{{equation}}\n{body}\n\\end{{equation}}"
+                return f"\n\n{target}```{{math}}\n:nowrap: true\n\n{body}\n```\n\n"
             return f"\n\n{target}$$\n{body}\n$$\n\n"
 
         return re.sub(r"^ *\$\$(.+?)\$\$", display, text, flags=re.S | re.M)
@@ -438,9 +442,8 @@ def build(target: Path, repository: str) -> dict:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     pages = read_pages()
-    bib = Path(__file__).parent / "references.bib"
-    rewriter = Rewriter(pages, set(references.entries(bib)), repository, target)
-    shutil.copy(bib, target)
+    rewriter = Rewriter(pages, set(references.entries(BIBLIOGRAPHY)), repository, target)
+    shutil.copy(BIBLIOGRAPHY, target)
     api_pages = api.write(target / "api", pages, rewriter)
     for name, page in pages.items():
         cells = page_cells(page, rewriter)
