@@ -18,7 +18,8 @@ from playwright.sync_api import sync_playwright
 
 SITE = Path(__file__).resolve().parents[1] / "build" / "site" / "html"
 PAGES = sorted(o.relative_to(SITE).as_posix() for o in SITE.glob("**/*.html"))
-BOOK = [o for o in PAGES if not o.startswith("_") and o not in ("404.html", "search.html")]
+PAGES = [o for o in PAGES if not o.startswith("_static/") and o != "404.html"]
+BOOK = [o for o in PAGES if o != "search.html"]
 PHONE, DESKTOP = dict(width=390, height=800), dict(width=1280, height=900)
 
 
@@ -57,27 +58,43 @@ def page(browser):
     context.close()
 
 
+@pytest.fixture(scope="module")
+def phone(browser):
+    "One page for all loads, so that scripts and styles are fetched once"
+    started = browser.new_page(viewport=PHONE)
+    yield started
+    started.close()
+
+
 @pytest.mark.parametrize("name", BOOK)
-def test_page_loads_without_error_and_fits_a_phone(browser, address, name):
+def test_page_loads_without_error_and_fits_a_phone(phone, address, name):
     problems = []
-    page = browser.new_page(viewport=PHONE)
-    page.on("console", lambda o: problems.append(o.text) if o.type == "error" else None)
-    page.on("pageerror", lambda o: problems.append(str(o)))
-    page.on("requestfailed", lambda o: problems.append(f"failed: {o.url}"))
-    page.on("response", lambda o: problems.append(f"{o.status} {o.url}") if o.status > 399 else 0)
-    page.on(
-        "request",
-        lambda o: None if o.url.startswith((address, "data:")) else problems.append(o.url),
-    )
-    page.goto(address + name)
-    page.wait_for_function(
-        "() => !document.querySelector('.math') || document.querySelector('mjx-container')"
-    )
+
+    def said(message):
+        if message.type == "error":
+            problems.append(message.text)
+
+    def asked(request):
+        if not request.url.startswith((address, "data:")):
+            problems.append(f"not from the site: {request.url}")
+
+    def answered(response):
+        if response.status > 399:
+            problems.append(f"{response.status} {response.url}")
+
+    events = dict(console=said, request=asked, response=answered)
+    events["pageerror"] = lambda error: problems.append(str(error))
+    for event, listener in events.items():
+        phone.on(event, listener)
+    phone.goto(address + name)
+    formulas = "() => !document.querySelector('.math') || document.querySelector('mjx-container')"
+    phone.wait_for_function(formulas)
     broken = "[...document.images].filter(o => o.complete && !o.naturalWidth).map(o => o.src)"
-    problems += page.evaluate(broken)
-    problems += page.evaluate("[...document.querySelectorAll('mjx-merror')].map(o => o.title)")
-    width = page.evaluate("document.documentElement.scrollWidth")
-    page.close()
+    problems += phone.evaluate(broken)
+    problems += phone.evaluate("[...document.querySelectorAll('mjx-merror')].map(o => o.title)")
+    width = phone.evaluate("document.documentElement.scrollWidth")
+    for event, listener in events.items():
+        phone.remove_listener(event, listener)
     assert not problems
     assert width <= PHONE["width"]
 
@@ -99,7 +116,7 @@ class Anchors(HTMLParser):
 
 
 def test_no_internal_link_or_image_is_broken():
-    pages = {o: Anchors((SITE / o).read_text(encoding="utf-8")) for o in PAGES if o != "404.html"}
+    pages = {o: Anchors((SITE / o).read_text(encoding="utf-8")) for o in PAGES}
     broken = []
     for name, found in pages.items():
         for link in found.links:
@@ -131,6 +148,7 @@ def test_links_between_chapters_equations_and_figures_are_many():
 def test_search_finds_the_gradient(page, address):
     page.goto(address + "search.html?q=leave-one-out")
     page.wait_for_selector("#search-results li a")
+    page.wait_for_function("document.querySelector('#search-results').innerText.includes('found')")
     found = page.eval_on_selector_all("#search-results li a", "all => all.map(o => o.href)")
     assert any("theory/104_gradient" in o for o in found)
 
