@@ -9,7 +9,9 @@ from klrb.rlhf.many import (
     Arm,
     ArmRollouts,
     ManyRuns,
+    PooledReward,
     PromptTable,
+    QuickTfidf,
     SeededNoise,
     Settings,
     Stack,
@@ -322,3 +324,50 @@ def test_noise_of_a_seed_is_its_own():
     assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
     assert torch.equal(SeededNoise([9], 6).draw(2, 50)[0], noise[1])
     assert not torch.equal(SeededNoise([9], 7).draw(2, 50)[0], noise[1])
+
+
+def test_the_quick_reward_is_the_linear_reward(tmp_path):
+    "Also for a text without a known word, repeated words, capitals and letters of other scripts."
+    from datasets import Dataset
+
+    from klrb.rlhf.reward import save_tfidf_reward, train_tfidf_reward
+
+    texts = ["A great, great film", "a dull film", "Größe was great fun", "dull dull plot it was"]
+    reviews = Dataset.from_dict(dict(text=texts * 4, label=[1, 0, 1, 0] * 4))
+    reward = train_tfidf_reward(reviews)
+    save_tfidf_reward(reward, tmp_path)
+    asked = [*texts, "", "x", "GREAT film film film", "größe I'd dull, plot"]
+    found = QuickTfidf(tmp_path).score(asked)
+    torch.testing.assert_close(
+        torch.tensor(found, dtype=DOUBLE), torch.tensor(reward.score(asked)), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rewards_read_prompt_and_completion(tmp_path, workers):
+    "In order, in processes or not, without what follows the end."
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    from klrb.models import POCKET, load_tokenizer
+    from klrb.rlhf.reward import TfidfReward, save_tfidf_reward
+
+    tokenizer, texts = load_tokenizer("pocket"), ["good film", "bad film", "bad bad", "so so"]
+    vectorizer = TfidfVectorizer(dtype=np.float64).fit(texts)
+    reward = TfidfReward(vectorizer, np.arange(1.0, 1 + len(vectorizer.vocabulary_)), 0.25)
+    save_tfidf_reward(reward, tmp_path)
+    prompts, endings = ["a good", "the bad", "so", ""], [" film", " bad film", " so", "good bad"]
+    rows = [tokenizer(o, add_special_tokens=False).input_ids for o in endings]
+    ids, mask = torch.full((2, 2, 9), rows[1][0]), torch.zeros(2, 2, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        row = [*row, tokenizer.eos_token_id]
+        ids[i // 2, i % 2, : len(row)] = torch.tensor(row)
+        mask[i // 2, i % 2, : len(row)] = 1
+    r = ArmRollouts(torch.zeros(2, 2), None, None, ids, mask)
+    pooled = PooledReward(tmp_path, POCKET, workers)
+    try:
+        found = pooled.submit(prompts, r)()
+    finally:
+        pooled.close()
+    expected = reward.score([a + b for a, b in zip(prompts, endings)]).reshape(2, 2)
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-12, rtol=0)

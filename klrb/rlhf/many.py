@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from klrb.update import (
 # %% auto #0
 __all__ = ['Shape', 'Stack', 'join_stacks', 'make_stack', 'load_stack', 'hidden_states', 'head_logits', 'new_cache',
            'ArmRollouts', 'SeededNoise', 'sample', 'Scores', 'log_probs', 'score', 'Arm', 'UpdateLoss', 'StackedAdamW',
-           'PooledReward', 'Settings', 'PromptTable', 'tokenize_prompts', 'prompt_order', 'ManyRuns']
+           'QuickTfidf', 'PooledReward', 'Settings', 'PromptTable', 'tokenize_prompts', 'prompt_order', 'ManyRuns']
 
 # %% ../../nbs/rlhf/514_many.ipynb #a51405
 @dataclass(frozen=True)
@@ -477,34 +478,72 @@ class StackedAdamW:
             self.stack.weights[name][arms] -= rate.view(wide) * step
         return norm
 
+# %% ../../nbs/rlhf/514_many.ipynb #a51427
+_WORDS = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's default
+
+
+class QuickTfidf:
+    "`TfidfReward.score` without matrices, from the files of `save_tfidf_reward`."
+
+    def __init__(
+        self,
+        folder: str | Path,  # of the saved reward
+    ):
+        from safetensors.numpy import load_file
+
+        folder = Path(folder)
+        weights = load_file(folder / "weights.safetensors")
+        self.intercept = float(weights["intercept"][0])
+        terms = json.loads((folder / "terms.json").read_text())
+        idf, coef = weights["idf"], weights["coef"]
+        self.terms = dict(zip(terms, zip(idf.tolist(), (idf * coef).tolist())))
+
+    def score(
+        self,
+        texts: list[str],  # whole texts
+    ) -> list[float]:  # log-odds of "positive"
+        "Score texts."
+        return [self.intercept + self._one(o) for o in texts]
+
+    def _one(self, text):
+        words, counts = _WORDS.findall(text.lower()), {}
+        for term in [*words, *map(" ".join, zip(words, words[1:]))]:
+            if term in self.terms:
+                counts[term] = counts.get(term, 0) + 1
+        total = square = 0.0
+        for term, count in counts.items():
+            idf, weight = self.terms[term]
+            frequency = 1 + math.log(count)
+            total += frequency * weight
+            square += (frequency * idf) ** 2
+        return total / math.sqrt(square) if square else 0.0
+
 # %% ../../nbs/rlhf/514_many.ipynb #a51421
 _worker: dict[str, Any] = {}  # a process of the pool reads its reward once
 
 
-def _start_worker(prepared: str, tokenizer: str) -> None:
+def _start_worker(reward: str, tokenizer: str) -> None:
     from tokenizers import Tokenizer
 
-    from klrb.rlhf.reward import load_tfidf_reward
-
-    _worker["reward"] = load_tfidf_reward(Path(prepared) / "reward")
+    _worker["reward"] = QuickTfidf(reward)
     _worker["tokenizer"] = Tokenizer.from_file(str(Path(tokenizer) / "tokenizer.json"))
 
 
 def _score_texts(prompts: list[str], completions: list[list[int]]) -> list[float]:
     texts = _worker["tokenizer"].decode_batch(completions, skip_special_tokens=True)
-    return _worker["reward"].score([a + b for a, b in zip(prompts, texts)]).tolist()
+    return _worker["reward"].score([a + b for a, b in zip(prompts, texts)])
 
 
 class PooledReward:
-    "The TF-IDF reward of a preparation, in processes of its own."
+    "The linear reward, in processes of its own."
 
     def __init__(
         self,
-        prepared: str | Path,  # folder of the preparation
+        folder: str | Path,  # of the saved reward
         tokenizer: str | Path,  # folder of the policies' tokenizer
         workers: int = 0,  # processes; 0: none, all is done here
     ):
-        given = str(prepared), str(tokenizer)
+        given = str(folder), str(tokenizer)
         self.workers, self.pool = workers, None
         if workers:
             self.pool = ProcessPoolExecutor(
@@ -650,7 +689,11 @@ class ManyRuns:
         size = self.settings.arms_at_once
         return [slice(o, min(o + size, len(self.arms))) for o in range(0, len(self.arms), size)]
 
-    def _of(self, arms: slice) -> Stack:  # the references of some arms
+    def references(
+        self,
+        arms: slice,  # which arms
+    ) -> Stack:  # one that they share, or theirs
+        "The references of some arms."
         return self.reference if len(self.reference) == 1 else self.reference.rows(arms)
 
     def _factor(self, arms: slice) -> Tensor:  # of the learning rates, (a,)
@@ -678,33 +721,43 @@ class ManyRuns:
         texts = [prompts.texts[o] for o in rollouts.prompt_index.flatten().tolist()]
         return self.reward.submit(texts, rollouts)
 
-    def update(self) -> dict[str, Tensor]:  # means over rollouts, norms, what the loss logs, (A,)
-        "One update of every arm."
-        group = self.settings.num_generations
+    def sampled(self) -> list[tuple]:  # arms, their rollouts, and what gives their rewards
+        "The rollouts of the next update, for all arms; the reward is at work on them."
         chosen = {seed: next(order) for seed, order in self.orders.items()}
-        index = torch.stack([chosen[o.seed] for o in self.arms]).repeat_interleave(group, 1)
-        waiting, found = [], []
+        index = torch.stack([chosen[o.seed] for o in self.arms])
+        index = index.repeat_interleave(self.settings.num_generations, 1)
+        found = []
         for arms in self._parts():
             seeds = [o.seed for o in self.arms[arms]]
             rollouts = self._rollouts(arms, self.prompts, index[arms], seeds, self.updates)
-            waiting.append((arms, rollouts, self._submit(self.prompts, rollouts)))
-        for arms, rollouts, rewards in waiting:
-            found.append(self._learn(arms, rollouts, rewards, group))
+            found.append((arms, rollouts, self._submit(self.prompts, rollouts)))
+        return found
+
+    def leaves(
+        self,
+        arms: slice,  # which arms
+    ) -> tuple[Stack, list[Tensor]]:  # their policies, and the tensors that gradients flow to
+        "Policies to differentiate by; the names of the tensors are `optimizer.names`."
+        names, policies = self.optimizer.names, self.policies.rows(arms)
+        leaves = {o: policies.weights[o].detach().requires_grad_() for o in names}
+        return Stack(policies.weights | leaves, policies.shape), list(leaves.values())
+
+    def update(self) -> dict[str, Tensor]:  # means over rollouts, norms, what the loss logs, (A,)
+        "One update of every arm."
+        found = [self._learn(*o) for o in self.sampled()]
         self.updates += 1
         means = {name: torch.cat([o[name] for o in found]).cpu() for name in found[0]}
         return means | {k: o.clone() for k, o in getattr(self.loss, "logged", {}).items()}
 
-    def _learn(self, arms, rollouts, rewards, group) -> dict[str, Tensor]:
-        names, policies = self.optimizer.names, self.policies.rows(arms)
-        leaves = {o: policies.weights[o].detach().requires_grad_() for o in names}
-        policies = Stack(policies.weights | leaves, policies.shape)
-        scores = score(policies, self._of(arms), rollouts)
+    def _learn(self, arms, rollouts, rewards) -> dict[str, Tensor]:
+        policies, leaves = self.leaves(arms)
+        scores = score(policies, self.references(arms), rollouts)
         means = _means(scores)
         if (rewards := rewards()) is not None:
             rewards = rewards.to(policies.device)
             means["reward"] = rewards.mean(-1)
-        loss = self.loss(scores, rewards, arms, group)
-        gradients = dict(zip(names, torch.autograd.grad(loss, list(leaves.values()))))
+        loss = self.loss(scores, rewards, arms, self.settings.num_generations)
+        gradients = dict(zip(self.optimizer.names, torch.autograd.grad(loss, leaves)))
         norm = self.optimizer.step(arms, gradients, self._factor(arms), self.updates + 1)
         return means | dict(grad_norm=norm)
 
@@ -726,7 +779,7 @@ class ManyRuns:
                 shown = part.expand(len(seeds), -1)
                 rollouts = self._rollouts(arms, prompts, shown, seeds, stream)
                 rewards = self._submit(prompts, rollouts)
-                scores = score(self.policies.rows(arms), self._of(arms), rollouts)
+                scores = score(self.policies.rows(arms), self.references(arms), rollouts)
                 means = {k: o * len(part) for k, o in _means(scores).items()}
                 found.append((arms, len(part), means, rewards))
         return lambda: self._averages(found, number * completions)
