@@ -8,8 +8,8 @@ Needs torch, tokenizers, safetensors, pandas with pyarrow, and scipy; neither TR
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from klrb.rlhf.plateau import main  # noqa: E402
+if __name__ == "__main__":  # the processes of the reward read this file too
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from klrb.rlhf.plateau import main
 
-if __name__ == "__main__":  # the processes of the reward import this file too
     main()

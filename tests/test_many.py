@@ -353,7 +353,7 @@ def test_rewards_read_prompt_and_completion(tmp_path, workers):
     from klrb.rlhf.reward import TfidfReward, save_tfidf_reward
 
     tokenizer, texts = load_tokenizer("pocket"), ["good film", "bad film", "bad bad", "so so"]
-    vectorizer = TfidfVectorizer(dtype=np.float64).fit(texts)
+    vectorizer = TfidfVectorizer(dtype=np.float64, sublinear_tf=True).fit(texts)
     reward = TfidfReward(vectorizer, np.arange(1.0, 1 + len(vectorizer.vocabulary_)), 0.25)
     save_tfidf_reward(reward, tmp_path)
     prompts, endings = ["a good", "the bad", "so", ""], [" film", " bad film", " so", "good bad"]

@@ -546,10 +546,13 @@ class PooledReward:
         given = str(folder), str(tokenizer)
         self.workers, self.pool = workers, None
         if workers:
+            context = get_context("forkserver")  # whose one process imports torch, not CUDA
+            context.set_forkserver_preload([__name__])
             self.pool = ProcessPoolExecutor(
-                workers, get_context("spawn"), initializer=_start_worker, initargs=given
+                workers, context, initializer=_start_worker, initargs=given
             )
-            list(self.pool.map(_score_texts, [[]] * workers, [[]] * workers))  # all start now
+            for _ in range(workers):  # all start now, and nobody waits for them
+                self.pool.submit(_score_texts, [], [])
         else:
             _start_worker(*given)
 

@@ -57,7 +57,7 @@ class Plan:
     dpo_betas: tuple[float, ...] = (1.0,)  # from the DPO policy
     methods: tuple[str, ...] = ("mc", "rb_sequence", "rb", "fitted")
     stages: tuple[str, ...] = ("constant", "traces", "half", "linear", "pairs")
-    evaluate_every: int = 25  # updates
+    evaluate_every: int = 25  # updates; in later stages half as often
     eval_completions: int = 2  # of every evaluation prompt
     eval_prompts: int = 256  # the pocket profile's
     log_every: int = 10  # updates whose means are one row of the log
@@ -189,6 +189,7 @@ def train_stage(
     given = arms, policies, inputs.reference, inputs.train, plan.settings(stage)
     runs, log, kept, pending = ManyRuns(*given, loss, inputs.reward), _Log(), {}, None
     chosen = [i for i, arm in enumerate(arms) if keep(arm)]
+    every = plan.evaluate_every * (1 if stage == "constant" else 2)
 
     def judge():
         nonlocal pending
@@ -203,10 +204,12 @@ def train_stage(
             _append(out / "training.csv", _rows(stage, arms, runs.updates, log.means()))
         if runs.updates in at:
             kept |= {(runs.updates, i): policies.rows(torch.tensor([i])) for i in chosen}
-        if runs.updates % plan.evaluate_every == 0:
+        if runs.updates % every == 0:
             judge()
             print(f"{stage} {runs.updates} {clock.left():.0f} s left", flush=True)
-    judge()
+    if pending[0] < runs.updates:
+        judge()
+    _append(out / "evaluation.csv", _rows(stage, arms, pending[0], pending[1]()))
     return runs.updates, kept
 
 # %% ../../nbs/rlhf/515_plateau.ipynb #a51509
@@ -371,10 +374,10 @@ def run_study(
     plan: Plan,
     inputs: Inputs,
     out: str | Path,  # folder of the tables, emptied of older ones
-    seconds: float = 3600.0,  # after which no update begins
+    clock: Clock | None = None,  # no update begins when its time is up; None: an hour
 ) -> dict:  # what `result.json` holds
     "All stages of the plan, as far as the time allows."
-    out, clock = Path(out), Clock(seconds, time.monotonic())
+    out, clock = Path(out), clock or Clock(3600.0, time.monotonic())
     out.mkdir(parents=True, exist_ok=True)
     for name in ("evaluation.csv", "training.csv", "products.csv", "result.json"):
         (out / name).unlink(missing_ok=True)
@@ -419,11 +422,11 @@ def main() -> None:
     parser.add_argument("--plan", default="{}", help="settings of the plan to replace, as JSON")
     args = parser.parse_args()
     given = {k: tuple(o) if isinstance(o, list) else o for k, o in json.loads(args.plan).items()}
-    plan, began = Plan(**given), time.monotonic()
+    plan, clock = Plan(**given), Clock(args.seconds, time.monotonic())
     reference = Path(__file__).parents[1] / "assets" / "pocket"
     inputs = load_inputs(args.prepared, reference, args.workers, plan.eval_prompts, args.device)
-    print(f"ready after {time.monotonic() - began:.1f} s", flush=True)
+    print(f"ready, {clock.left():.0f} s left", flush=True)
     try:
-        run_study(plan, inputs, args.out, args.seconds)
+        run_study(plan, inputs, args.out, clock)
     finally:
         inputs.reward.close()
