@@ -1,10 +1,14 @@
 """The distillation trainer: what it computes, under every gradient, teacher and way of training."""
 
 import dataclasses
+import json
 import os
 import socket
 from contextlib import nullcontext
+from pathlib import Path
 
+import pandas as pd
+import papermill
 import pytest
 import torch
 from datasets import Dataset
@@ -12,11 +16,19 @@ from torch.multiprocessing import spawn
 from torch.testing import assert_close
 from transformers import TrainerCallback
 from trl import DistillationConfig
+from typer.testing import CliRunner
 
 from klrb import distill
+from klrb.cli import app
 from klrb.distill import METHODS, RBDistillationConfig, RBDistillationTrainer
 from klrb.errors import NotFiniteError
 from klrb.models import load_model, load_tokenizer
+from klrb.rlhf import many_distill
+from klrb.rlhf.many import Scores
+from klrb.rlhf.profiles import get_profile
+from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
+from klrb.rlhf.reward import save_tfidf_reward, train_tfidf_reward
+from klrb.sweeps.parameters import read_grid, read_template
 
 CPU = dict(
     report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, save_strategy="no"
@@ -25,6 +37,7 @@ TEXTS = ["The film", "I saw this film with", "Never", "It was a bit of a"]
 PROMPTS = Dataset.from_dict(dict(prompt=TEXTS))
 ROWS = [dict(prompt=p) for p in TEXTS for _ in range(2)]
 TOKENIZER = load_tokenizer("tiny-random")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def make(folder, student=None, teacher="given", data=PROMPTS, **settings):
@@ -538,3 +551,93 @@ def test_a_setting_of_the_sampler_that_came_later_is_refused(tmp_path):
     t.generation_config.top_k = 3
     with pytest.raises(ValueError, match="`generation_config` of the trainer sets `top_k` to 3"):
         generate(t)
+
+
+# The run, from a shell, and as a notebook of a sweep
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    "What a run reads of a preparation at smoke size."
+    folder, settings = tmp_path_factory.mktemp("prepared"), get_profile("smoke")
+    splits = split_reviews(load_reviews("synthetic"))
+    save_tfidf_reward(train_tfidf_reward(splits["reward_train"]), folder / "reward")
+    for name in ("rloo", "evaluation"):
+        given = splits[name], TOKENIZER, settings.eval_prompts, settings.prompt_tokens
+        make_prompts(*given).to_parquet(folder / f"{name}_prompts.parquet")
+    load_model("tiny-random", seed=3).save_pretrained(folder / "dpo_policy")
+    TOKENIZER.save_pretrained(folder / "dpo_policy")
+    return folder
+
+
+def test_a_run_from_a_shell_goes_on_where_it_was_killed(tmp_path, prepared, monkeypatch):
+    def shell(name):
+        command = f"distill --profile smoke --prepare-dir {prepared} --out {tmp_path / name}"
+        return CliRunner().invoke(
+            app, [*command.split(), *"--gradient vopd --updates 4 --save-every 2".split()]
+        )
+
+    assert "kl_rb" in shell("whole").output
+    kernel, calls = distill.linear_step_kl, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return kernel(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "linear_step_kl", dies)
+        assert shell("killed").exit_code == 130
+    assert (tmp_path / "killed/trainer/checkpoint-2").is_dir()
+    assert shell("killed").exit_code == 0
+    whole, again = (pd.read_csv(tmp_path / o / "metrics.csv") for o in ("whole", "killed"))
+    assert (whole.metric == again.metric).all() and {"kl_step"} < set(whole.metric)
+    timed = whole.metric == "seconds"
+    assert (whole.value == again.value)[~timed].all() and whole.step.max() == 4
+    results = [json.loads((tmp_path / o / "result.json").read_text()) for o in ("whole", "killed")]
+    assert results[0]["kl_rb"] == results[1]["kl_rb"] > 0
+
+
+def test_the_notebook_is_an_experiment_of_the_sweep(tmp_path, prepared):
+    template = read_template(ROOT / "nbs/experiments/distill.ipynb")
+    cells = read_grid(template, dict(gradient=["rb", "k1"], teacher=["dpo"]), 2)
+    assert len(cells) == 4
+    given = cells[-1] | dict(prepare_dir=str(prepared), out_dir=str(tmp_path / "run"), updates=2)
+    notebook = str(ROOT / "nbs/experiments/distill.ipynb")
+    papermill.execute_notebook(notebook, None, parameters=given, progress_bar=False)
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["gradient"] == "k1" and result["seed"] == 1 and result["kl_rb"] > 0
+
+
+# The study
+
+
+@pytest.mark.parametrize("method", many_distill.METHODS)
+def test_the_studys_loss_is_the_one_by_hand(fixed, exact, method):
+    (_, batch), (student, logp, logq) = fixed, exact
+    gradient = {name: o for o, name in METHODS.items()}[method]
+    mask, ids = batch["completion_mask"], batch["completion_ids"][..., None]
+    picked = (o.gather(-1, ids)[..., 0] * mask for o in (logp, logq.detach()))
+    step_kl = (logp.exp() * (logp - logq.detach())).sum(-1) * mask
+    scores = Scores(*(o[None] for o in (*picked, mask, step_kl)))
+    leaves = list(student.parameters())
+    ours, theirs = (
+        torch.autograd.grad(o, leaves, retain_graph=True)
+        for o in (
+            many_distill.surrogate(method, scores, 2),
+            by_hand(gradient, logp, logq, batch, 0),
+        )
+    )
+    assert relative(dict(enumerate(ours)), dict(enumerate(theirs))) < 1e-10
+
+
+def test_the_best_rate_ends_lowest_and_is_no_rate_that_diverged():
+    rows = [("rb", 1e-3, 0, 2.0), ("rb", 1e-3, 1, 1.0), ("rb", 1e-2, 0, 0.1)]
+    rows += [("rb", 1e-2, 1, float("nan")), ("mc", 1e-3, 0, 3.0), ("mc", 1e-2, 0, 2.5)]
+    frame = pd.DataFrame(rows, columns=["gradient", "learning_rate", "seed", "kl_rb"])
+    frame = frame.assign(pair="dpo", phase="tune", update=150)
+    final = frame.assign(phase="final", kl_rb=0.0, learning_rate=1.0)
+    early = frame.assign(update=10, kl_rb=0.0, learning_rate=2.0)
+    frame = pd.concat([frame, final, early, frame.assign(pair="half", kl_rb=0.0)])
+    assert many_distill.best_rates(frame, "dpo", 150) == dict(rb=1e-3, mc=1e-2)
