@@ -9,7 +9,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -218,7 +218,7 @@ def rloo_teacher(
         means = {name: o.item() for name, o in runs.update().items()}
     return runs.policies, means
 
-
+# %% ../../nbs/rlhf/516_many_distill.ipynb #7dd92197
 def load_inputs(
     plan: Plan,
     prepared: str | Path,  # folder of the preparation, profile pocket
@@ -252,7 +252,19 @@ def load_inputs(
     )
     return Inputs(policies, train, held_out)
 
-# %% ../../nbs/rlhf/516_many_distill.ipynb #641d3c2c
+# %% ../../nbs/rlhf/516_many_distill.ipynb #8002290f
+def _evaluated(runs: ManyRuns, plan: Plan, inputs: Inputs, **columns) -> pd.DataFrame:
+    "A row for every run, judged now."
+    found = runs.evaluate(inputs.evaluation, plan.eval_completions)()
+    arms = dict(
+        gradient=[o.method for o in runs.arms],
+        learning_rate=[o.learning_rate for o in runs.arms],
+        seed=[o.seed for o in runs.arms],
+    )
+    values = {name: found[name].tolist() for name in ("kl_rb", "kl_mc", "length")}
+    return pd.DataFrame(columns | arms | dict(update=runs.updates) | values)
+
+
 def train_stage(
     pair: Pair,
     phase: str,  # "tune" or "final", for the tables
@@ -261,43 +273,29 @@ def train_stage(
     inputs: Inputs,
     out: Path,  # folder of the tables
     clock: Clock,
-    keep: Callable[[Arm], bool] = lambda arm: False,  # the run whose snapshots are kept
-) -> tuple[bool, dict[int, Stack]]:  # whether all updates were made; snapshots by update
+) -> tuple[bool, dict[int, Stack]]:  # whether all updates were made; the first `rb` run's policies
     "Train and judge all runs of a stage, as far as the time allows."
     student, teacher = inputs.policies[pair.student], inputs.policies[pair.teacher]
     given = student.copies(len(arms)), teacher, inputs.train, plan.settings()
     runs = ManyRuns(arms, *given, DistillationLoss(arms), trainable=pair.is_trained)
-    columns = dict(
-        pair=pair.name,
-        phase=phase,
-        gradient=[o.method for o in arms],
-        learning_rate=[o.learning_rate for o in arms],
-        seed=[o.seed for o in arms],
-    )
-    tokens = torch.zeros(len(arms), dtype=torch.float64)
-    chosen = next((i for i, arm in enumerate(arms) if keep(arm)), None)
-    per_update, kept, means = plan.prompts * plan.num_generations, {}, {}
-
-    def judge():
-        found = runs.evaluate(inputs.evaluation, plan.eval_completions)()
-        values = {name: found[name].tolist() for name in ("kl_rb", "kl_mc", "length")}
-        norms = means["grad_norm"].tolist() if means else float("nan")
-        row = columns | dict(update=runs.updates, tokens=tokens.tolist(), **values, grad_norm=norms)
-        _append(out / "evaluation.csv", pd.DataFrame(row))
-        print(f"{pair.name} {phase} {runs.updates} {clock.left():.0f} s left", flush=True)
-
+    tokens, norms, kept = torch.zeros(len(arms), dtype=torch.float64), float("nan"), {}
+    first = [i for i, o in enumerate(arms) if o.method == "rb"][:1]
+    judged = plan.evaluate_at if phase == "final" else (plan.updates,)
     while clock.left() > 0:
-        if chosen is not None and runs.updates in plan.trace_at:
-            kept[runs.updates] = runs.policies.rows(torch.tensor([chosen]))
-        if runs.updates in (plan.evaluate_at if phase == "final" else (plan.updates,)):
-            judge()
+        if phase == "final" and first and runs.updates in plan.trace_at:
+            kept[runs.updates] = runs.policies.rows(torch.tensor(first))
+        if runs.updates in judged:
+            rows = _evaluated(runs, plan, inputs, pair=pair.name, phase=phase)
+            _append(out / "evaluation.csv", rows.assign(tokens=tokens.tolist(), grad_norm=norms))
+            print(f"{pair.name} {phase} {runs.updates} {clock.left():.0f} s left", flush=True)
         if runs.updates == plan.updates:
             return True, kept
         means = runs.update()
-        tokens += means["length"].double().cpu() * per_update
+        tokens += means["length"].double().cpu() * plan.prompts * plan.num_generations
+        norms = means["grad_norm"].tolist()
     return False, kept
 
-
+# %% ../../nbs/rlhf/516_many_distill.ipynb #97ef830b
 def best_rates(
     evaluation: pd.DataFrame,  # `evaluation.csv`
     pair: str,  # name of a pair
@@ -342,7 +340,7 @@ def gradient_rows(
         frames.append(pd.DataFrame(row | dict(mean=mean.square().sum().item())))
     return pd.concat(frames)
 
-# %% ../../nbs/rlhf/516_many_distill.ipynb #d8e63d9d
+# %% ../../nbs/rlhf/516_many_distill.ipynb #a1cfcd23
 def run_study(
     plan: Plan,
     inputs: Inputs,
@@ -350,32 +348,19 @@ def run_study(
     seconds: float = 3600.0,  # after which no update begins
 ) -> dict:  # what `result.json` holds
     "All pairs of the plan, as far as the time allows."
-    out, clock, done, times = Path(out), Clock(seconds, time.monotonic()), [], {}
+    out, clock, finished = Path(out), Clock(seconds, time.monotonic()), {}
     out.mkdir(parents=True, exist_ok=True)
     for name in ("evaluation.csv", "gradients.csv", "rates.csv", "result.json"):
         (out / name).unlink(missing_ok=True)
     for name in plan.pairs:
-        pair, began = PAIRS[name], time.monotonic()
-        rates = _rates(pair, plan, inputs, out, clock)
-        if rates is None:
+        began = time.monotonic()
+        if not _run_pair(PAIRS[name], plan, inputs, out, clock):
             break
-        arms = plan.final(rates)
-        snapshots = {}
-        given = pair, "final", arms, plan, inputs, out, clock
-        whole, snapshots = train_stage(*given, keep=lambda o: (o.method, o.seed) == ("rb", 0))
-        for update, policy in snapshots.items():
-            if clock.left() > 0:
-                rows = gradient_rows(pair, policy, plan, inputs)
-                rows.insert(0, "update", update)
-                rows.insert(0, "pair", name)
-                _append(out / "gradients.csv", rows)
-        times[name] = time.monotonic() - began
-        if whole:
-            done.append(name)
+        finished[name] = time.monotonic() - began
     result = dict(
         plan=asdict(plan),
-        finished=done,
-        seconds=times,
+        finished=list(finished),
+        seconds=finished,
         device=_device_name(inputs.policies["reference"].device),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -384,6 +369,20 @@ def run_study(
     return result
 
 
+def _run_pair(pair, plan, inputs, out, clock) -> bool:  # whether it is complete
+    if (rates := _rates(pair, plan, inputs, out, clock)) is None:
+        return False
+    given = plan, inputs, out, clock
+    whole, policies = train_stage(pair, "final", plan.final(rates), *given)
+    for update, policy in policies.items():
+        if clock.left() > 0:
+            rows = gradient_rows(pair, policy, plan, inputs)
+            rows.insert(0, "update", update)
+            rows.insert(0, "pair", pair.name)
+            _append(out / "gradients.csv", rows)
+    return whole
+
+# %% ../../nbs/rlhf/516_many_distill.ipynb #037852bd
 def _device_name(device):
     on_gpu = device.type == "cuda"
     return (
