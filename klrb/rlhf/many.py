@@ -647,12 +647,30 @@ def prompt_order(
         yield from order[: num_prompts // per_update * per_update].split(per_update)
 
 # %% ../../nbs/rlhf/514_many.ipynb #a51424
-def _means(scores: Scores) -> dict[str, Tensor]:
-    "KL of the sequences by both estimators, and their length, means over rollouts, (a,) each."
+def _within(first: Tensor, second: Tensor, group: int) -> Tensor:  # (a, B) each
+    "Covariance within the prompts, mean over prompts, (a,)."
+    first, second = (o.double().unflatten(-1, (-1, group)) for o in (first, second))
+    first, second = (o - o.mean(-1, keepdim=True) for o in (first, second))
+    return (first * second).sum(-1).mean(-1) / max(1, group - 1)
+
+
+def _means(scores: Scores, rewards: Tensor | None, group: int) -> dict[str, Tensor]:
+    """Means over rollouts, (a,) each: KL of the sequences by both estimators, length, reward.
+
+    And variances within prompts, of the log-ratio, of the reward, and their covariance.
+    """
     mask = scores.mask
     ratio = scores.policy_logprobs.detach() - scores.ref_logprobs
     per_step = dict(kl_rb=scores.step_kl.detach(), kl_mc=ratio, length=torch.ones_like(ratio))
-    return {name: (o * mask).sum(-1).mean(-1) for name, o in per_step.items()}
+    sums = {name: (o * mask).sum(-1) for name, o in per_step.items()}
+    means = {name: o.mean(-1) for name, o in sums.items()}
+    ratio = sums["kl_mc"]
+    means["ratio_var"] = _within(ratio, ratio, group)
+    if rewards is not None:
+        means["reward"] = rewards.mean(-1)
+        means["reward_var"] = _within(rewards, rewards, group)
+        means["covariance"] = _within(rewards, ratio, group)
+    return means
 
 
 class ManyRuns:
@@ -755,10 +773,9 @@ class ManyRuns:
     def _learn(self, arms, rollouts, rewards) -> dict[str, Tensor]:
         policies, leaves = self.leaves(arms)
         scores = score(policies, self.references(arms), rollouts)
-        means = _means(scores)
         if (rewards := rewards()) is not None:
             rewards = rewards.to(policies.device)
-            means["reward"] = rewards.mean(-1)
+        means = _means(scores, rewards, self.settings.num_generations)
         loss = self.loss(scores, rewards, arms, self.settings.num_generations)
         gradients = dict(zip(self.optimizer.names, torch.autograd.grad(loss, leaves)))
         norm = self.optimizer.step(arms, gradients, self._factor(arms), self.updates + 1)
@@ -775,24 +792,27 @@ class ManyRuns:
         "Fresh rollouts of every arm; the rewards are waited for when the result is called."
         number = len(prompts.texts)
         index = torch.arange(number).repeat_interleave(completions)
+        size = max(1, rows_at_once // completions) * completions  # whole prompts
         found = []
         for arms in self._parts():
             seeds = [first_seed + o.seed for o in self.arms[arms]]
-            for stream, part in enumerate(index.split(rows_at_once)):
+            for stream, part in enumerate(index.split(size)):
                 shown = part.expand(len(seeds), -1)
                 rollouts = self._rollouts(arms, prompts, shown, seeds, stream)
                 rewards = self._submit(prompts, rollouts)
                 scores = score(self.policies.rows(arms), self.references(arms), rollouts)
-                means = {k: o * len(part) for k, o in _means(scores).items()}
-                found.append((arms, len(part), means, rewards))
-        return lambda: self._averages(found, number * completions)
+                found.append((arms, len(part), Scores(*(o.cpu() for o in scores)), rewards))
+        return lambda: self._averages(found, completions)
 
-    def _averages(self, found, rollouts) -> dict[str, Tensor]:
-        names = list(found[0][2]) + ([] if self.reward is None else ["reward"])
-        sums = {o: torch.zeros(len(self.arms), dtype=torch.float64) for o in names}
-        for arms, _, means, rewards in found:
+    def _averages(self, found, completions) -> dict[str, Tensor]:
+        parts = []
+        for arms, rows, scores, rewards in found:
+            means = _means(scores, rewards(), completions)
+            parts.append((arms, rows, means))
+        sums = {o: torch.zeros(len(self.arms), dtype=torch.float64) for o in parts[0][2]}
+        total = torch.zeros(len(self.arms), dtype=torch.float64)
+        for arms, rows, means in parts:
+            total[arms] += rows
             for name, value in means.items():
-                sums[name][arms] += value.cpu()
-            if self.reward is not None:
-                sums["reward"][arms] += rewards().sum(-1)
-        return {name: o / rollouts for name, o in sums.items()}
+                sums[name][arms] += value * rows
+        return {name: o / total for name, o in sums.items()}

@@ -42,7 +42,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['BASIS', 'TRACED', 'Plan', 'Inputs', 'load_inputs', 'Clock', 'train_stage', 'update_products', 'deviations',
+__all__ = ['PLANS', 'BASIS', 'TRACED', 'Plan', 'Inputs', 'load_inputs', 'Clock', 'train_stage', 'update_products', 'deviations',
            'trace_rows', 'trace_stage', 'read_products', 'run_study', 'main']
 
 # %% ../../nbs/rlhf/515_plateau.ipynb #a51505
@@ -61,6 +61,8 @@ class Plan:
     eval_completions: int = 2  # of every evaluation prompt
     eval_prompts: int = 256  # the pocket profile's
     log_every: int = 10  # updates whose means are one row of the log
+    batch: int = 32  # rollouts of an update, the paper's
+    max_completion_length: int = 24  # the pocket profile's
     trace_batches: int = 64  # independent batches behind a covariance
     trace_seeds: int = 2  # runs of each setting whose snapshots are measured
     arms_at_once: int = 128  # bounds the memory
@@ -86,18 +88,37 @@ class Plan:
         self,
         stage: str,  # constant, half, linear or pairs
     ) -> Settings:  # of its arms
-        "Batches of 32 rollouts; two completions a prompt, as in the paper, in the stage `pairs`."
+        "Four completions of a prompt, and two, as in the paper, in the stage `pairs`."
         group = 2 if stage == "pairs" else 4
         return Settings(
             updates=self.updates,
-            prompts_per_update=32 // group,
+            prompts_per_update=self.batch // group,
             num_generations=group,
+            max_completion_length=self.max_completion_length,
             arms_at_once=self.arms_at_once,
         )
 
     def snapshots(self) -> list[int]:  # updates after which policies are kept
         "A quarter, half and all of the way."
         return [self.updates // 4, self.updates // 2, self.updates]
+
+
+PLANS: dict[str, Plan] = dict(
+    published=Plan(),
+    smoke=Plan(
+        updates=2,
+        seeds=2,
+        betas=(0.5,),
+        stages=("constant", "traces"),
+        evaluate_every=1,
+        eval_prompts=6,
+        log_every=1,
+        batch=8,
+        max_completion_length=6,
+        trace_batches=4,
+        trace_seeds=1,
+    ),
+)
 
 
 @dataclass
