@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import write_atomic
 from ..gradients import GRADIENTS, kl_surrogate
+from ..intervals import ratio_interval
 from klrb.rlhf.many import (
     Arm,
     ManyRuns,
@@ -36,8 +37,8 @@ from klrb.rlhf.many import (
 from .plateau import Clock, _append
 
 # %% auto #0
-__all__ = ['METHODS', 'PAIRS', 'surrogate', 'DistillationLoss', 'Pair', 'drop_layers', 'Plan', 'Inputs', 'rloo_teacher',
-           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'run_study', 'main']
+__all__ = ['METHODS', 'PAIRS', 'SMALL', 'surrogate', 'DistillationLoss', 'Pair', 'drop_layers', 'Plan', 'Inputs', 'rloo_teacher',
+           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'run_study', 'main']
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #47dc2b63
 METHODS: tuple[str, ...] = ("mc", "mc_to_go", "k2_loss", "vopd", "step_loss", "rb")  # compared
@@ -193,6 +194,17 @@ class Plan:
         ]
 
 
+SMALL = Plan(  # some ten minutes of two cores, with the rates that the published study chose
+    pairs=("dpo",),
+    seeds=2,
+    evaluate_at=(0, 25, 50, 100, 150),
+    eval_prompts=64,
+    trace_batches=16,
+    arms_at_once=6,
+    chosen="outputs/published/pocket/distill/rates.csv",
+)
+
+
 @dataclass
 class Inputs:
     "What the runs read."
@@ -237,6 +249,13 @@ def load_inputs(
         for o in (texts["rloo"], texts["evaluation"][: plan.eval_prompts])
     )
     model = load_stack(reference, device=device)
+    policies = dict(
+        reference=model,
+        dpo=load_stack(prepared / "dpo_policy", device=device),
+        half=drop_layers(model, range(0, model.shape.layers, 2)),
+    )
+    if not any(PAIRS[o].teacher == "rloo" for o in plan.pairs):
+        return Inputs(policies, train, held_out)
     if not teacher.is_file():
         reward = PooledReward(prepared / "reward", reference)
         policy, means = rloo_teacher(model, train, reward, plan)
@@ -244,12 +263,7 @@ def load_inputs(
         teacher.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: o.cpu() for name, o in policy.weights.items()}, teacher)
     weights = torch.load(teacher, map_location=device, weights_only=True)
-    policies = dict(
-        reference=model,
-        dpo=load_stack(prepared / "dpo_policy", device=device),
-        rloo=Stack(weights, model.shape),
-        half=drop_layers(model, range(0, model.shape.layers, 2)),
-    )
+    policies["rloo"] = Stack(weights, model.shape)
     return Inputs(policies, train, held_out)
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #8002290f
@@ -340,6 +354,28 @@ def gradient_rows(
         frames.append(pd.DataFrame(row | dict(mean=mean.square().sum().item())))
     return pd.concat(frames)
 
+# %% ../../nbs/rlhf/516_many_distill.ipynb #b0442c31
+def gradient_table(
+    rows: pd.DataFrame,  # `gradients.csv`
+) -> pd.DataFrame:  # a row per pair, update and gradient
+    "Trace of the covariance with a 95 % interval of its ratio to `rb`; bias; length of the mean."
+    found = []
+    for (pair, update), part in rows.groupby(["pair", "update"], sort=False):
+        exact = part.query("gradient == 'rb'")
+        for name, own in part.groupby("gradient", sort=False):
+            n, rb = len(own), exact.deviation.to_numpy()
+            ends = ratio_interval(own.deviation.to_numpy(), rb)
+            noise = own.difference.sum() / (n * (n - 1))
+            row = dict(pair=pair, update=update, gradient=name, batches=n)
+            row |= dict(trace=own.deviation.sum() / (n - 1), to_rb=own.deviation.sum() / rb.sum())
+            row |= dict(to_rb_low=ends[0], to_rb_high=ends[1])
+            length = exact["mean"].iloc[0] - rb.sum() / (n * (n - 1))
+            row |= dict(
+                length=max(length, 0.0) ** 0.5, bias=max(own.bias.iloc[0] - noise, 0) ** 0.5
+            )
+            found.append(row | dict(bias_noise=noise**0.5))
+    return pd.DataFrame(found)
+
 # %% ../../nbs/rlhf/516_many_distill.ipynb #a1cfcd23
 def run_study(
     plan: Plan,
@@ -403,7 +439,7 @@ def _rates(pair, plan, inputs, out, clock) -> dict[str, float] | None:
     _append(out / "rates.csv", rows)
     return rates
 
-# %% ../../nbs/rlhf/516_many_distill.ipynb #ee007bcb
+# %% ../../nbs/rlhf/516_many_distill.ipynb #d96451e7
 def main() -> None:
     "The study from a shell; see `tests/gpu_distill.py`."
     parser = argparse.ArgumentParser(description="The distillation study of the pocket model.")
@@ -415,15 +451,19 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder of the tables")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=3600.0, help="no update begins after them")
+    parser.add_argument("--small", action="store_true", help="the study for two cores of a CPU")
     parser.add_argument("--plan", default="{}", help="settings to replace, as JSON")
     given = parser.parse_args()
     began = time.monotonic()
     settings = {
         k: tuple(o) if isinstance(o, list) else o for k, o in json.loads(given.plan).items()
     }
-    plan = Plan(**settings)
+    plan = replace(SMALL if given.small else Plan(), **settings)
     teacher = given.teacher or f"{given.out}/rloo.pt"
     inputs = load_inputs(plan, given.prepared, given.reference, teacher, given.device)
     left = given.seconds - (time.monotonic() - began)
     result = run_study(plan, inputs, given.out, left)
+    if (found := Path(given.out) / "gradients.csv").is_file():
+        table = gradient_table(pd.read_csv(found))
+        table.to_csv(found.with_name("noise.csv"), index=False, float_format="%.6g")
     print(json.dumps({name: result[name] for name in ("finished", "seconds", "device")}))
