@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -33,7 +33,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import RLOOConfig, RLOOTrainer, SyncRefModelCallback
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
 
 from .adapters import check_active, check_adapters, evaluating
@@ -53,10 +53,10 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer']
+__all__ = ['FREE_SETTINGS', 'FIXED_SETTINGS', 'UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
 
 # %% ../nbs/rlhf/508_rloo.ipynb #b7c0a1d2
-_FREE = frozenset(
+FREE_SETTINGS = frozenset(
     (  # fields of `RLOOConfig` that change neither what is sampled nor what is scored
         # the update: which step follows a gradient that is right
         "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
@@ -114,7 +114,7 @@ _FREE = frozenset(
 )
 
 _SAMPLED = "completions would be sampled from another distribution than the one that is scored"
-_FIXED = {  # name -> values that change nothing, and what any other would do
+FIXED_SETTINGS = {  # name -> values that change nothing, and what any other would do
     "top_k": ((0,), _SAMPLED),  # None is 50 to `generate`
     "top_p": ((1.0,), _SAMPLED),
     "min_p": ((None, 0.0), _SAMPLED),
@@ -179,7 +179,7 @@ def _biased_generation(
     for name, value in settings.items():
         if name in _FREE_GENERATION or value is None and name not in needed:
             continue
-        if name == "cache_implementation" and value in _FIXED[name][0]:
+        if name == "cache_implementation" and value in FIXED_SETTINGS[name][0]:
             continue
         if value != neutral.get(name):
             return name, value
@@ -202,17 +202,24 @@ class RBRLOOConfig(RLOOConfig):
         default="rb",
         metadata={"help": "Unbiased method of klrb.gradients for the KL penalty, or `fitted`."},
     )
+    kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED
 
     def __post_init__(self):
-        _check_settings(self)
+        check_settings(self, RLOOConfig, FREE_SETTINGS, FIXED_SETTINGS)
         super().__post_init__()
 
 
-def _check_settings(args: RBRLOOConfig) -> None:
-    if args.kl_estimator not in UNBIASED:
+def check_settings(
+    args: RLOOConfig | GRPOConfig,  # with `kl_estimator`
+    of_trl: type,  # the class of TRL's own settings
+    free: frozenset[str],  # of them, those that do not bias the penalty
+    fixed: dict[str, tuple],  # those that must keep a value
+) -> None:
+    "Refuse what cannot work or would bias the gradient, and what is not known to be harmless."
+    if args.kl_estimator not in args.kl_estimators:
         raise InputError(
             f"`kl_estimator` is {args.kl_estimator!r}; "
-            f"the unbiased methods are {', '.join(UNBIASED)}."
+            f"the unbiased methods are {', '.join(args.kl_estimators)}."
         )
     if args.kl_estimator == "fitted" and args.mask_truncated_completions:
         raise InputError(
@@ -232,18 +239,18 @@ def _check_settings(args: RBRLOOConfig) -> None:
             f"`max_completion_length` is {args.max_completion_length}; "
             "give the number of tokens at which a completion is cut."
         )
-    for setting in dataclasses.fields(RLOOConfig):
+    for setting in dataclasses.fields(of_trl):
         value = getattr(args, setting.name)
-        if setting.name in _FIXED:
-            allowed, harm = _FIXED[setting.name]
+        if setting.name in fixed:
+            allowed, harm = fixed[setting.name]
             if value not in allowed and value != []:
                 raise InputError(
                     f"`{setting.name}` is {value!r}: {harm}, and the gradient would be biased; "
                     f"leave it at {allowed[0]!r}."
                 )
-        elif setting.name not in _FREE | {"generation_kwargs"} and value != _default(setting):
+        elif setting.name not in free | {"generation_kwargs"} and value != _default(setting):
             raise InputError(
-                f"`{setting.name}` is {value!r}; RBRLOOTrainer does not know this setting of TRL, "
+                f"`{setting.name}` is {value!r}; klrb does not know this setting of TRL, "
                 f"and whether it biases the gradient. Leave it at {_default(setting)!r}."
             )
     given = args.generation_kwargs or {}
@@ -321,11 +328,6 @@ def _check_noise(model: PreTrainedModel, checkpointed: bool) -> None:
 
 # %% ../nbs/rlhf/508_rloo.ipynb #a2b3c4d5
 def _check_models(model, ref_model, peft_config, args):
-    if not isinstance(args, RBRLOOConfig):
-        raise InputTypeError(
-            f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
-        )
-    _check_settings(args)  # once more: fields may have been set since
     models = dict(model=model) if ref_model is None else dict(model=model, ref_model=ref_model)
     for name, given in models.items():
         if not isinstance(given, PreTrainedModel) and not (
@@ -385,8 +387,8 @@ def _check_sync(model, ref_model, args):
 def _check_data(train_dataset, processing_class, options):
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise InputTypeError(
-            f"`processing_class` is a {type(processing_class).__name__}; RBRLOOTrainer is for text "
-            "models and needs their tokenizer."
+            f"`processing_class` is a {type(processing_class).__name__}; klrb's trainers are for "
+            "text models and need their tokenizer."
         )
     if processing_class.eos_token_id is None:
         raise InputError("`processing_class` has no end-of-text token; set its `eos_token`.")
@@ -398,7 +400,7 @@ def _check_data(train_dataset, processing_class, options):
     columns = getattr(train_dataset, "column_names", None) or []
     if pictures := [name for name in ("image", "images") if name in columns]:
         raise InputError(
-            f"`train_dataset` has the column `{pictures[0]}`; RBRLOOTrainer is for text models."
+            f"`train_dataset` has the column `{pictures[0]}`; klrb's trainers are for text models."
         )
     known = (
         "eval_dataset",
@@ -410,8 +412,8 @@ def _check_data(train_dataset, processing_class, options):
     )
     if unknown := [name for name in options if name not in known]:
         raise InputTypeError(
-            f"RBRLOOTrainer does not know `{unknown[0]}`, and whether completions would still be "
-            f"sampled from the policy; it passes on {', '.join(known)}."
+            f"klrb's trainers do not know `{unknown[0]}`, and whether completions would still be "
+            f"sampled from the policy; they pass on {', '.join(known)}."
         )
 
 
@@ -505,24 +507,15 @@ class _Scoring:
     aux_loss: Tensor | None = None  # of a mixture of experts
 
 
-class RBRLOOTrainer(RLOOTrainer):
-    """`trl.RLOOTrainer` whose KL penalty is an unbiased, differentiable estimate in the loss.
+class ExactPenalty:
+    """The KL penalty of klrb's trainers, mixed into a trainer of TRL whose own penalty is off.
 
-    Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every
-    generation batch. Raises `ValueError` for settings and models with which what is sampled would
-    not be what is scored. With `kl_estimator="fitted"` also logs the coefficients `update_past` and
-    `update_noise`, in units of the reward per nat.
+    TRL samples, rewards and clips. What it asks for log-probabilities is answered from hidden
+    states, with the exact KL of every step beside them; the penalty joins TRL's loss.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,  # policy, trained in place; may be a PEFT model
-        ref_model: PreTrainedModel | None,  # frozen; None: the PEFT policy without adapters
-        reward_funcs: Callable | list[Callable],  # (completions, prompts, **kwargs) to floats
-        args: RBRLOOConfig,  # `args.beta` weighs the KL
-        train_dataset: Dataset,  # column `prompt`
-        processing_class: PreTrainedTokenizerBase,  # tokenizer of both models
-        **kwargs,  # passed on to `trl.RLOOTrainer`, for instance `peft_config`
+        self, model, ref_model, reward_funcs, args, train_dataset, processing_class, **kwargs
     ):
         _check_models(model, ref_model, kwargs.get("peft_config"), args)
         _check_data(train_dataset, processing_class, kwargs)
@@ -542,9 +535,10 @@ class RBRLOOTrainer(RLOOTrainer):
         self.args.beta = self.kl_beta = args.beta
         self.args.sync_ref_model = args.sync_ref_model
         self.kl_estimator = args.kl_estimator
+        self.kl_method = {"step": "step_loss"}.get(args.kl_estimator, args.kl_estimator)
         self.coefficient_fit = CoefficientFit() if args.kl_estimator == "fitted" else None
         self.exact_loss = self.coefficient_fit is not None or (
-            args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
+            args.beta > 0 and GRADIENTS[self.kl_method].needs_step_kl
         )
         self.off_policy = (
             args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
@@ -614,7 +608,9 @@ class RBRLOOTrainer(RLOOTrainer):
         **forward_kwargs,
     ):
         if given := [name for name, value in forward_kwargs.items() if value is not None]:
-            raise InputError(f"RBRLOOTrainer is for text models; it got {', '.join(given)}.")
+            raise InputError(
+                f"klrb's trainers are for text models; this one got {', '.join(given)}."
+            )
         prompt_length, scoring = input_ids.shape[1] - logits_to_keep, self._scoring
         prompts, completions = zip(
             *((o[:, :prompt_length], o[:, prompt_length:]) for o in (input_ids, attention_mask))
@@ -695,9 +691,11 @@ class RBRLOOTrainer(RLOOTrainer):
             return function(policy, *args)
 
     def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
         with self._open_scoring(generating=True) as scoring:
             output = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
+            if scoring.scores is None:  # GRPO asks for none where it is on-policy
+                self._ask_for_scores(mode, output)
         group = self.num_generations if mode == "train" else self.num_generations_eval
         mask, scores = output["completion_mask"], scoring.scores
         self._check_finite(scores)
@@ -707,8 +705,8 @@ class RBRLOOTrainer(RLOOTrainer):
             output |= self._fitted_inputs(mode, output["advantages"], given, prompt_index)
         else:
             output["kl_baseline"] = torch.zeros_like(scores.step_kl)
-            if group > 1 and mask.any():
-                output["kl_baseline"] = kl_baseline(self.kl_estimator, *given, prompt_index)
+            if group > 1 and mask.any() and GRADIENTS[self.kl_method].has_score:
+                output["kl_baseline"] = kl_baseline(self.kl_method, *given, prompt_index)
         output |= dict(
             old_per_token_logps=scores.policy_logprobs,
             ref_per_token_logps=scores.ref_logprobs,
@@ -718,6 +716,19 @@ class RBRLOOTrainer(RLOOTrainer):
         self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
         self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
         return output
+
+    @torch.no_grad()
+    def _ask_for_scores(self, mode, output):
+        pairs = ("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")
+        ids, mask = (torch.cat([output[name] for name in pair], 1) for pair in pairs)
+        training = mode == "train"
+        size = (
+            self.args.per_device_train_batch_size
+            if training
+            else self.args.per_device_eval_batch_size
+        )
+        length = output["completion_ids"].shape[1]
+        self._get_per_token_logps_and_entropies(self.model, ids, mask, length, size)
 
     def _fitted_inputs(self, mode, advantages, given, prompt_index):
         "Baselines, and coefficients from earlier batches only; then this batch joins the fit."
@@ -758,21 +769,25 @@ class RBRLOOTrainer(RLOOTrainer):
     def _compute_loss(self, model, inputs):
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
             loss = super()._compute_loss(model, inputs)
+        scores = scoring.scores  # with their graph
         if self.coefficient_fit is not None:
-            return loss + self._fitted_penalty(scoring.scores, inputs)
+            return loss + self._penalty_share(inputs) * self._fitted_penalty(scores, inputs)
         if self.kl_beta == 0 or not inputs["completion_mask"].any():
             return loss
-        scores = scoring.scores  # with their graph
         penalty = kl_surrogate(
-            self.kl_estimator,
+            self.kl_method,
             scores.policy_logprobs,
             inputs["ref_per_token_logps"],
             inputs["completion_mask"],
             step_kl=scores.step_kl,
             old_logprobs=inputs["old_per_token_logps"] if self.off_policy else None,
-            baseline=inputs["kl_baseline"],
+            baseline=inputs["kl_baseline"] if GRADIENTS[self.kl_method].has_score else None,
         )
-        return loss + self.kl_beta * penalty
+        return loss + self.kl_beta * self._penalty_share(inputs) * penalty
+
+    def _penalty_share(self, inputs):
+        "What TRL's loss weighs the mean over rollouts of the sum over tokens by."
+        return 1.0
 
     def _fitted_penalty(self, scores, inputs):
         "The whole update but for the reward's part, which is TRL's."
@@ -791,6 +806,36 @@ class RBRLOOTrainer(RLOOTrainer):
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
         return self._sampler
+
+
+class RBRLOOTrainer(ExactPenalty, RLOOTrainer):
+    """`trl.RLOOTrainer` whose KL penalty is an unbiased, differentiable estimate in the loss.
+
+    Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every
+    generation batch. Raises `ValueError` for settings and models with which what is sampled would
+    not be what is scored. With `kl_estimator="fitted"` also logs the coefficients `update_past` and
+    `update_noise`, in units of the reward per nat.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,  # policy, trained in place; may be a PEFT model
+        ref_model: PreTrainedModel | None,  # frozen; None: the PEFT policy without adapters
+        reward_funcs: Callable | list[Callable],  # (completions, prompts, **kwargs) to floats
+        args: RBRLOOConfig,  # `args.beta` weighs the KL
+        train_dataset: Dataset,  # column `prompt`
+        processing_class: PreTrainedTokenizerBase,  # tokenizer of both models
+        **kwargs,  # passed on to `trl.RLOOTrainer`, for instance `peft_config`
+    ):
+        if not isinstance(args, RBRLOOConfig):
+            raise InputTypeError(
+                f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
+            )
+        # once more: fields may have been set since
+        check_settings(args, RLOOConfig, FREE_SETTINGS, FIXED_SETTINGS)
+        super().__init__(
+            model, ref_model, reward_funcs, args, train_dataset, processing_class, **kwargs
+        )
 
 # %% ../nbs/rlhf/508_rloo.ipynb #d39ffbfc
 class _ResumeOrder(TrainerCallback):

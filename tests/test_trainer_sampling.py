@@ -16,7 +16,7 @@ from klrb.rlhf.dpo import sample_pairs
 from klrb.rlhf.judging import evaluate_policy
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.training import train_rloo
-from klrb.rloo import _FIXED, _FREE, _FREE_GENERATION, RBRLOOConfig, RBRLOOTrainer
+from klrb.rloo import _FREE_GENERATION, FIXED_SETTINGS, FREE_SETTINGS, RBRLOOConfig, RBRLOOTrainer
 
 # What `GenerationConfig` has besides what cannot change a distribution, each at a value that would
 # change something
@@ -127,8 +127,8 @@ def test_every_setting_of_generate_and_of_trl_is_in_a_list():
         _FREE_GENERATION.isdisjoint(BIASED)
         and _FREE_GENERATION | BIASED.keys() == vars(GenerationConfig()).keys()
     )
-    assert _FREE.isdisjoint(_FIXED)
-    assert _FREE | _FIXED.keys() | {"generation_kwargs"} == {
+    assert FREE_SETTINGS.isdisjoint(FIXED_SETTINGS)
+    assert FREE_SETTINGS | FIXED_SETTINGS.keys() | {"generation_kwargs"} == {
         o.name for o in dataclasses.fields(RLOOConfig)
     }
 
@@ -217,9 +217,9 @@ def test_settings_changed_later_are_refused_too(tmp_path):
 
 
 def test_a_field_that_a_later_trl_brings_is_refused_when_it_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("klrb.rloo._FREE", _FREE - {"epsilon"})
+    monkeypatch.setattr("klrb.rloo.FREE_SETTINGS", FREE_SETTINGS - {"epsilon"})
     RBRLOOConfig(str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(InputError, match="`epsilon` is 0.3; RBRLOOTrainer does not know"):
+    with pytest.raises(InputError, match="`epsilon` is 0.3; klrb does not know"):
         RBRLOOConfig(str(tmp_path), epsilon=0.3, bf16=False, use_cpu=True)
 
 
