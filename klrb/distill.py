@@ -50,8 +50,8 @@ METHODS: dict[str, str] = dict(  # `gradient` -> method of `klrb.gradients`
 )
 REDUCTIONS = ("sequence", "token")
 
-_FREE = rloo._FREE | {"max_tool_calling_iterations"}  # without tools nobody reads it
-_FIXED = rloo._FIXED | {  # name -> values that change nothing, and what any other would do
+_FREE = rloo.FREE_SETTINGS | {"max_tool_calling_iterations"}  # without tools nobody reads it
+_FIXED = rloo.FIXED_SETTINGS | {  # name -> values that change nothing, and what any other would do
     "beta": ((1.0,), "the divergence would be another than KL(student || teacher)"),
     "teacher_model_name_or_path": ((None,), "`teacher` says already which model it is"),
     "teacher_model_revision": ((None,), "`teacher` may end with @REVISION instead"),
