@@ -54,9 +54,10 @@ test: venv
 	$(PY) tests/check_sync.py readme --check
 	$(finish)
 	$(call start,3/4 nbdev_test: every notebook that stands alone)
-	# the chain prepare, variance, rloo, pareto is run by tests/test_experiments.py instead, in order
+	# the chain prepare, variance, rloo, pareto is run by tests/test_experiments.py instead, in order,
+	# and distill by tests/test_distill.py
 	OMP_NUM_THREADS=1 $(PY) $(VENV)/bin/nbdev_test --n_workers 2 --timing \
-	    --skip_file_re '^([_.]|(prepare|variance|steps|rloo|pareto)\.ipynb$$)'
+	    --skip_file_re '^([_.]|(prepare|variance|steps|rloo|pareto|distill)\.ipynb$$)'
 	$(finish)
 	$(call start,4/4 pytest (its last line gives the time))
 	$(PY) -m pytest
