@@ -35,7 +35,6 @@ from klrb.compare.results import (
     Measurement,
     Result,
     Saver,
-    draw_results,
     finish_saving,
     heatmap_html,
     plain_results,
@@ -342,6 +341,8 @@ class Recorder:
         "Write the last files."
         if self.saver is None:
             return
+        from klrb.compare.figures import draw_results  # and with it matplotlib
+
         with result_is_kept(self.saver.out):
             tables, drawings = {}, {}
             for name, o in found.results.items():

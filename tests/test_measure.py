@@ -5,6 +5,10 @@ import inspect
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,13 +21,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import klrb
 import klrb.compare.scoring
 import klrb.models
 from klrb.cli import app
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl
 from klrb.measure import Settings, measure_kl
 from klrb.compare.scoring import Comparison, Party, PromptOrder, RolloutSampler, RolloutTable
-from klrb.compare.results import estimates, figures, prompt_means
+from klrb.compare.figures import figures
+from klrb.compare.results import estimates, prompt_means
 from klrb.intervals import cluster_interval
 from klrb.compare.stopping import Tolerance, next_size, parse_tolerance, sample_until
 from klrb.compare.sides import load_pair
@@ -581,6 +587,28 @@ def test_saved_files_have_all_that_repeats_a_run(tmp_path):
 
 
 # The command line
+
+
+UNUSED = """
+    matplotlib seaborn scipy.stats sklearn statsmodels datasets peft gguf trl papermill dask IPython
+    klrb.compare.figures klrb.rlhf.training klrb.sweeps
+""".split()  # torch._dynamo and scipy.optimize are loaded by transformers' own models
+
+
+def test_the_command_imports_nothing_that_it_does_not_use(tmp_path):
+    "In a fresh process: start-up is most of a small measurement's time"
+    (tmp_path / "prompts.txt").write_text("The film\nI saw")
+    asked = "measure pocket pocket --prompts prompts.txt --samples 1 --max-new-tokens 2".split()
+    code = (
+        f"import sys; from klrb.cli import app; app({asked}, standalone_mode=False); "
+        f"print(*['unused', *(o for o in {UNUSED} if o in sys.modules)])"
+    )
+    env = os.environ | dict(PYTHONPATH=str(Path(klrb.__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "unused"
 
 
 @pytest.fixture(scope="module")
