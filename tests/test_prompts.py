@@ -872,7 +872,7 @@ def test_models_are_given_back_as_they_were(function, ending, monkeypatch):
         return inner(*args, **kwargs)
 
     module, name = (
-        ("klrb.compare.scoring", "_one_batch")
+        ("klrb.compare.rollouts", "_one_batch")
         if function is measure_kl
         else ("klrb.compare.text", "score_completions")
     )

@@ -153,7 +153,7 @@ def estimates(
         ]
     )
 
-
+# %% ../../nbs/compare/412_results.ipynb #ee2d98f6
 def prompt_means(
     result: Result,
 ) -> pd.DataFrame:  # columns prompt, rollouts, length, mean, low, high: one row per prompt
@@ -390,7 +390,7 @@ def finish_saving(
         )
     _try_to_show("heatmap.html", lambda: _write_heatmap(saver.out / "heatmap.html", heatmap()))
 
-
+# %% ../../nbs/compare/412_results.ipynb #df7aecbf
 @contextmanager
 def result_is_kept(
     out: Path,  # folder that is written to
