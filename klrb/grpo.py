@@ -60,6 +60,10 @@ class RBGRPOConfig(GRPOConfig):
         default="rb",
         metadata={"help": "Method of klrb.gradients for the KL penalty, `step` or `fitted`."},
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
+    )
     kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED + ("step",)
 
     def __post_init__(self):

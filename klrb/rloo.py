@@ -31,6 +31,7 @@ from trl import GRPOConfig, RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
 
 from .adapters import check_active, check_adapters, evaluating
+from .budget import KLBudget
 from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
@@ -75,6 +76,10 @@ class RBRLOOConfig(RLOOConfig):
         default="rb",
         metadata={"help": "Unbiased method of klrb.gradients for the KL penalty, or `fitted`."},
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
+    )
     kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED
 
     def __post_init__(self):
@@ -100,6 +105,8 @@ def check_settings(
             "takes their mean of zero from the terms that `kl_estimator='fitted'` adds; set it to "
             "False, or choose another estimator."
         )
+    if args.target_kl is not None:
+        KLBudget(args.target_kl, args.beta)  # refuses what is no target, or a `beta` of 0
     if args.beta < 0:
         raise InputError(f"`beta` is {args.beta}; the weight of the KL penalty must be >= 0.")
     if args.num_generations < 2:
@@ -276,27 +283,24 @@ def _add_hidden_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(with_hidden_exit, model)
 
 
-def _aux_loss(
-    model, outputs, attention_mask
-):  # of a mixture of experts, as the model's own forward computes it
+def _aux_loss(model, outputs, attention_mask):
+    "Auxiliary loss of a mixture of experts, as the model's own forward computes it."
     if getattr(outputs, "router_logits", None) is None:
         raise InputError(
             f"`model` ({type(model).__name__}) does not give the logits of its routers, which its "
             "auxiliary loss needs; set `router_aux_loss_coef=0.0`."
         )
     config = model.config.get_text_config()
-    balance = getattr(
-        sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func
-    )
+    module = sys.modules[type(model).__module__]
+    balance = getattr(module, "load_balancing_loss_func", load_balancing_loss_func)
     experts = getattr(model, "num_experts", None) or config.num_experts
     return balance(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
 def _score_sampled(hidden, head, completion_ids, completion_mask, temperature):
     mask, dtype = completion_mask.bool(), torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(
-        hidden.device.type, enabled=False
-    ):  # in float32, as `linear_step_kl`, which scored the rollouts
+    # In float32, as `linear_step_kl`, which scored the rollouts.
+    with torch.autocast(hidden.device.type, enabled=False):
         values = ChunkedLogProbFunction.apply(
             hidden[mask].to(dtype),
             head.weight,
@@ -354,6 +358,7 @@ class ExactPenalty:
         self.kl_estimator = args.kl_estimator
         self.kl_method = {"step": "step_loss"}.get(args.kl_estimator, args.kl_estimator)
         self.coefficient_fit = CoefficientFit() if args.kl_estimator == "fitted" else None
+        self.budget = None if args.target_kl is None else KLBudget(args.target_kl, args.beta)
         self.exact_loss = self.coefficient_fit is not None or (
             args.beta > 0 and GRADIENTS[self.kl_method].needs_step_kl
         )
@@ -364,6 +369,8 @@ class ExactPenalty:
         self.add_callback(_ResumeOrder(self))
         if self.coefficient_fit is not None:
             self.add_callback(_KeepFit(self.coefficient_fit))
+        if self.budget is not None:
+            self.add_callback(_KeepBudget(self.budget))
         if args.mask_truncated_completions and args.beta > 0:
             warnings.warn(
                 "`mask_truncated_completions` leaves the KL of completions that were cut out of "
@@ -509,6 +516,9 @@ class ExactPenalty:
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        if self.budget is not None:  # what batches before this one say
+            self.kl_beta = self.budget.beta
+            self._metrics[mode]["beta"].append(self.kl_beta)
         with self._open_scoring(generating=True) as scoring:
             output = super()._generate_and_score_completions(inputs)
             if scoring.scores is None:  # GRPO asks for none where it is on-policy
@@ -530,7 +540,9 @@ class ExactPenalty:
         )
         if self.exact_loss:
             output["ref_hidden"] = scoring.ref_hidden
-        self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        kl = self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        if self.budget is not None and mode == "train" and kl is not None:
+            self.budget.update(kl)
         self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
         return output
 
@@ -580,8 +592,14 @@ class ExactPenalty:
     ):  # nothing when all completions of the batch are masked
         per_sequence = self.accelerator.gather(per_step.masked_fill(mask == 0, 0.0).sum(1))
         kept = self.accelerator.gather(mask.any(1))
-        if kept.any():
-            self._metrics[mode][name].append(per_sequence[kept].mean().item())
+        if not kept.any():
+            return None
+        values = per_sequence[kept]
+        self._metrics[mode][name].append(mean := values.mean().item())
+        if name == "kl_sequence_rb" and len(values) > 1:
+            stderr = values.std().item() / math.sqrt(len(values))
+            self._metrics[mode][f"{name}_stderr"].append(stderr)
+        return mean
 
     def _compute_loss(self, model, inputs):
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
@@ -677,6 +695,27 @@ class _ResumeOrder(TrainerCallback):
             )
         for _ in range(int(state.epoch or 0)):
             next(iter(self.trainer._sampler))  # draws one epoch's order
+
+
+class _KeepBudget(TrainerCallback):
+    "Keeps where `beta` has got to in the `trainer_state.json` of every checkpoint."
+
+    name = "klrb.budget.KLBudget"
+
+    def __init__(self, budget):
+        self.budget, self.start = budget, budget.state_dict()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(self.name) if state.global_step else self.start
+        if kept is None:
+            raise InputError(
+                f"the checkpoint is from update {state.global_step} and has no KL budget: its run "
+                "had no `target_kl`; start the run anew."
+            )
+        self.budget.load_state_dict(kept)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[self.name] = self.budget.state_dict()
 
 
 class _KeepFit(TrainerCallback):
