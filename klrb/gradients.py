@@ -264,6 +264,7 @@ def kl_surrogate(
 
     Sum over steps, mean over the batch; a rollout without an unmasked step contributes 0. The
     methods `k1_loss`, `k2_loss`, `k3_loss`, `step_loss`, `vopd` and `k3_reward` are **biased**.
+    With `rb`, `step_kl` may be any divergence of the steps: its expected sum is followed then.
     """
     logprobs = dict(policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
     mask = _check(method, mask, step_kl, in_tail, discount, **logprobs, old_logprobs=old_logprobs)

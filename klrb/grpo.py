@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from .errors import InputError, InputTypeError
-from .rloo import FIXED_SETTINGS, FREE_SETTINGS, UNBIASED, ExactPenalty, check_settings
+from .rlhf.sampling import FIXED, FREE
+from .rloo import UNBIASED, ExactPenalty, check_settings
 
 # %% auto #0
 __all__ = ['RBGRPOConfig', 'RBGRPOTrainer']
@@ -39,7 +40,7 @@ _OWN = frozenset(  # settings that GRPO has and RLOO does not
     ).split()
 )
 _LOSSES = ("dapo", "dr_grpo", "bnpo", "cispo", "vespo")
-_FIXED = FIXED_SETTINGS | dict(
+_FIXED = FIXED | dict(
     loss_type=(_LOSSES, "completions would be weighed by functions of their own length"),
     cast_lm_head_to_fp32=(
         (False,),
@@ -59,6 +60,10 @@ class RBGRPOConfig(GRPOConfig):
         default="rb",
         metadata={"help": "Method of klrb.gradients for the KL penalty, `step` or `fitted`."},
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
+    )
     kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED + ("step",)
 
     def __post_init__(self):
@@ -67,7 +72,7 @@ class RBGRPOConfig(GRPOConfig):
 
 
 def _check_config(args: RBGRPOConfig) -> None:
-    check_settings(args, GRPOConfig, FREE_SETTINGS | _OWN, _FIXED)
+    check_settings(args, GRPOConfig, FREE | _OWN, _FIXED)
     if args.kl_estimator != "fitted":
         return
     if args.scale_rewards not in ("none", False):

@@ -24,25 +24,29 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import pad
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl import GRPOConfig, RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
 
 from .adapters import check_active, check_adapters, evaluating
+from .budget import KLBudget
 from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
 from .models import accepted_inputs, causal_lm, check_lm_head, completion_hidden
 from .models import lm_head, step_inputs
 from .rlhf.dpo import check_padding
+from klrb.rlhf.sampling import (
+    FIXED,
+    FREE,
+    SAMPLED,
+    biased_generation,
+    check_noise,
+    own_distribution,
+    without_noise,
+)
 from klrb.update import (
     CoefficientFit,
     UpdateBaseline,
@@ -53,137 +57,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['FREE_SETTINGS', 'FIXED_SETTINGS', 'UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
-
-# %% ../nbs/rlhf/508_rloo.ipynb #b7c0a1d2
-FREE_SETTINGS = frozenset(
-    (  # fields of `RLOOConfig` that change neither what is sampled nor what is scored
-        # the update: which step follows a gradient that is right
-        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args "
-        "weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm "
-        "num_train_epochs max_steps "
-        # how much is sampled, and in which parts it is used: what is no longer on-policy is weighed
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-        "num_generations num_generations_eval generation_batch_size steps_per_generation "
-        "num_iterations shuffle_dataset seed data_seed max_completion_length "
-        "average_tokens_across_devices eval_accumulation_steps "
-        # both models' logits are divided by it, in sampling and in scoring
-        "temperature "
-        # the reward and its clip, as in TRL: they are no part of the KL. `beta` is ours
-        "beta epsilon epsilon_high reward_weights reward_clip_range router_aux_loss_coef "
-        # excludes completions that were cut from the loss and from the log; see below
-        "mask_truncated_completions "
-        # the reference moves between generation batches only, which is checked
-        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
-        # rollouts are sampled and scored in evaluation mode: dropout is off with or without it
-        "disable_dropout "
-        # prompts and padding: both models read the same ids and masks
-        "chat_template_kwargs pad_to_multiple_of remove_unused_columns label_names "
-        "length_column_name train_sampling_strategy dataloader_drop_last dataloader_num_workers "
-        "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-        "dataloader_multiprocessing_context dataloader_in_order ignore_data_skip "
-        "auto_find_batch_size "
-        # precision, memory and compilation: the same for both models, or rounding
-        "bf16 fp16 bf16_full_eval fp16_full_eval tf32 activation_checkpointing "
-        "activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs "
-        "torch_compile torch_compile_backend torch_compile_mode use_cache torch_empty_cache_steps "
-        "full_determinism "
-        # not used by TRL's loss, or only with what is refused below
-        "label_smoothing_factor liger_kernel_config model_init_kwargs trust_remote_code vllm_mode "
-        "vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
-        "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
-        "vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
-        "vllm_tensor_parallel_size "
-        # devices and processes; sharded heads are refused when the trainer is made
-        "use_cpu accelerator_config parallelism_config deepspeed ds3_gather_for_generation "
-        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
-        "ddp_backend ddp_timeout local_rank fsdp_config "
-        # logging, evaluation, checkpoints
-        "output_dir logging_strategy logging_steps logging_first_step log_on_each_node "
-        "logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica "
-        "disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
-        "trackio_static_space_id log_completions log_multimodal num_completions_to_print "
-        "log_unique_prompts eval_strategy eval_steps eval_delay prediction_loss_only "
-        "eval_on_start eval_do_concat_batches eval_use_gather_object include_for_metrics "
-        "batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node "
-        "save_total_limit enable_jit_checkpoint push_to_hub hub_token hub_private_repo "
-        "hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end "
-        "metric_for_best_model greater_is_better restore_callback_states_from_checkpoint debug "
-        "skip_memory_metrics do_train do_eval do_predict resume_from_checkpoint "
-    ).split()
-)
-
-_SAMPLED = "completions would be sampled from another distribution than the one that is scored"
-FIXED_SETTINGS = {  # name -> values that change nothing, and what any other would do
-    "top_k": ((0,), _SAMPLED),  # None is 50 to `generate`
-    "top_p": ((1.0,), _SAMPLED),
-    "min_p": ((None, 0.0), _SAMPLED),
-    "repetition_penalty": ((1.0,), _SAMPLED),
-    "cache_implementation": (
-        (None, "dynamic", "static", "offloaded", "offloaded_static"),
-        _SAMPLED,
-    ),  # no quantized one
-    "use_vllm": ((False,), _SAMPLED),  # other kernels, other rounding, settings of its own
-    "use_transformers_continuous_batching": ((False,), _SAMPLED),  # rounds the policy to bfloat16
-    "transformers_continuous_batching_config": ((None,), _SAMPLED),
-    "use_transformers_paged": ((False,), _SAMPLED),
-    "neftune_noise_alpha": (
-        (None,),
-        "completions would be scored with noise that they were not sampled with",
-    ),
-    "use_liger_kernel": (
-        (False,),
-        "the policy would be scored by other kernels than the reference",
-    ),
-    "normalize_advantages": (
-        (False,),
-        "the reward would be divided by its spread in each batch and the KL would not",
-    ),
-    "fsdp": (
-        (None, "", False),
-        "the fused kernel would need the head's shards again in the backward pass",
-    ),
-}
-
-# %% ../nbs/rlhf/508_rloo.ipynb #a1b2c3d4
-_FREE_GENERATION = frozenset(
-    (  # fields of `GenerationConfig` that cannot change what a token is drawn from
-        "max_new_tokens max_length "  # where a completion is cut, a function of its length alone
-        "pad_token_id bos_token_id "  # what follows the end; what an empty prompt begins with
-        # speed and memory
-        "use_cache max_cache_len prefill_chunk_size compile_config disable_compile low_memory "
-        # what is returned besides
-        "output_attentions output_hidden_states output_scores output_logits "
-        "transformers_version _from_model_config"
-    ).split()
-)
-
-
-def _biased_generation(
-    settings: dict[str, Any],  # fields of `GenerationConfig`
-    temperature: float,  # what completions are scored with
-    eos_token_ids: list[int] | None = None,  # ends of a completion; None: to be left out
-) -> (
-    tuple[str, Any] | None
-):  # the first field, with its value, that changes what completions are drawn from
-    "A setting of `generate` with which sampling would not be from the policy at `temperature`."
-    neutral = GenerationConfig._get_default_generation_params() | dict(
-        do_sample=True, top_k=0, temperature=temperature, eos_token_id=eos_token_ids, min_p=0.0
-    )
-    needed = (
-        "do_sample",
-        "temperature",
-        "top_k",
-        "eos_token_id",
-    )  # None is no neutral value of these
-    for name, value in settings.items():
-        if name in _FREE_GENERATION or value is None and name not in needed:
-            continue
-        if name == "cache_implementation" and value in FIXED_SETTINGS[name][0]:
-            continue
-        if value != neutral.get(name):
-            return name, value
-    return None
+__all__ = ['UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
 
 # %% ../nbs/rlhf/508_rloo.ipynb #f3e230e3
 UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
@@ -202,10 +76,14 @@ class RBRLOOConfig(RLOOConfig):
         default="rb",
         metadata={"help": "Unbiased method of klrb.gradients for the KL penalty, or `fitted`."},
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
+    )
     kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED
 
     def __post_init__(self):
-        check_settings(self, RLOOConfig, FREE_SETTINGS, FIXED_SETTINGS)
+        check_settings(self, RLOOConfig, FREE, FIXED)
         super().__post_init__()
 
 
@@ -227,6 +105,8 @@ def check_settings(
             "takes their mean of zero from the terms that `kl_estimator='fitted'` adds; set it to "
             "False, or choose another estimator."
         )
+    if args.target_kl is not None:
+        KLBudget(args.target_kl, args.beta)  # refuses what is no target, or a `beta` of 0
     if args.beta < 0:
         raise InputError(f"`beta` is {args.beta}; the weight of the KL penalty must be >= 0.")
     if args.num_generations < 2:
@@ -255,10 +135,10 @@ def check_settings(
             )
     given = args.generation_kwargs or {}
     given = json.loads(given) if isinstance(given, str) else given
-    if biased := _biased_generation(given, args.temperature):
+    if biased := biased_generation(given, args.temperature):
         name, value = biased
         raise InputError(
-            f"`generation_kwargs` sets `{name}` to {value!r}: {_SAMPLED}, "
+            f"`generation_kwargs` sets `{name}` to {value!r}: {SAMPLED}, "
             "and the gradient would be biased; leave it out."
         )
 
@@ -269,62 +149,6 @@ def _default(setting: dataclasses.Field) -> Any:
         if setting.default_factory is dataclasses.MISSING
         else setting.default_factory()
     )
-
-# %% ../nbs/rlhf/508_rloo.ipynb #e1f2a3b4
-@contextmanager
-def _own_distribution(model: PreTrainedModel, settings: GenerationConfig):
-    "Meanwhile `settings` are all that `model.generate` knows."
-    holders = [
-        holder for holder in (model, causal_lm(model)) if "generation_config" in vars(holder)
-    ]
-    its_own = [holder.generation_config for holder in holders]
-    try:
-        for holder in holders:
-            holder.generation_config = settings
-        yield
-    finally:
-        for holder, kept in zip(holders, its_own):
-            holder.generation_config = kept
-
-
-def _without_noise(
-    model: PreTrainedModel, checkpointed: bool = False
-) -> None:  # True: as if all layers recomputed
-    "Evaluation mode for all inside `model`, but for layers that recompute their activations."
-    for module in model.modules():
-        if module is not model:
-            recomputes = isinstance(module, GradientCheckpointingLayer) and (
-                module.gradient_checkpointing or checkpointed
-            )
-            module.training = model.training and recomputes
-
-
-def _probe(model: PreTrainedModel) -> Tensor:  # last hidden states of sixteen tokens
-    body = causal_lm(model).base_model
-    ids = (
-        torch.arange(16, device=next(body.parameters()).device)[None]
-        % model.config.get_text_config().vocab_size
-    )
-    return body(input_ids=ids, use_cache=False).last_hidden_state.float()
-
-
-def _same(ours: Tensor, theirs: Tensor) -> bool:  # up to rounding in bfloat16; noise is far outside
-    ours, theirs = ours.nan_to_num(), theirs.nan_to_num()
-    return bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())
-
-
-def _check_noise(model: PreTrainedModel, checkpointed: bool) -> None:
-    gpus = [model.device] if model.device.type == "cuda" else []
-    with evaluating(model), torch.random.fork_rng(devices=gpus), torch.no_grad():
-        expected = _probe(model)
-        model.train()
-        _without_noise(model, checkpointed)
-        if not _same(_probe(model), expected):
-            raise InputError(
-                f"`model` ({type(causal_lm(model)).__name__}) computes something else in "
-                "training mode, dropout for instance: what is sampled would not be what is scored. "
-                "Set `gradient_checkpointing=False`, or the model's dropout to 0."
-            )
 
 # %% ../nbs/rlhf/508_rloo.ipynb #a2b3c4d5
 def _check_models(model, ref_model, peft_config, args):
@@ -459,27 +283,24 @@ def _add_hidden_forward(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(with_hidden_exit, model)
 
 
-def _aux_loss(
-    model, outputs, attention_mask
-):  # of a mixture of experts, as the model's own forward computes it
+def _aux_loss(model, outputs, attention_mask):
+    "Auxiliary loss of a mixture of experts, as the model's own forward computes it."
     if getattr(outputs, "router_logits", None) is None:
         raise InputError(
             f"`model` ({type(model).__name__}) does not give the logits of its routers, which its "
             "auxiliary loss needs; set `router_aux_loss_coef=0.0`."
         )
     config = model.config.get_text_config()
-    balance = getattr(
-        sys.modules[type(model).__module__], "load_balancing_loss_func", load_balancing_loss_func
-    )
+    module = sys.modules[type(model).__module__]
+    balance = getattr(module, "load_balancing_loss_func", load_balancing_loss_func)
     experts = getattr(model, "num_experts", None) or config.num_experts
     return balance(outputs.router_logits, experts, config.num_experts_per_tok, attention_mask)
 
 
 def _score_sampled(hidden, head, completion_ids, completion_mask, temperature):
     mask, dtype = completion_mask.bool(), torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(
-        hidden.device.type, enabled=False
-    ):  # in float32, as `linear_step_kl`, which scored the rollouts
+    # In float32, as `linear_step_kl`, which scored the rollouts.
+    with torch.autocast(hidden.device.type, enabled=False):
         values = ChunkedLogProbFunction.apply(
             hidden[mask].to(dtype),
             head.weight,
@@ -537,6 +358,7 @@ class ExactPenalty:
         self.kl_estimator = args.kl_estimator
         self.kl_method = {"step": "step_loss"}.get(args.kl_estimator, args.kl_estimator)
         self.coefficient_fit = CoefficientFit() if args.kl_estimator == "fitted" else None
+        self.budget = None if args.target_kl is None else KLBudget(args.target_kl, args.beta)
         self.exact_loss = self.coefficient_fit is not None or (
             args.beta > 0 and GRADIENTS[self.kl_method].needs_step_kl
         )
@@ -547,6 +369,8 @@ class ExactPenalty:
         self.add_callback(_ResumeOrder(self))
         if self.coefficient_fit is not None:
             self.add_callback(_KeepFit(self.coefficient_fit))
+        if self.budget is not None:
+            self.add_callback(_KeepBudget(self.budget))
         if args.mask_truncated_completions and args.beta > 0:
             warnings.warn(
                 "`mask_truncated_completions` leaves the KL of completions that were cut out of "
@@ -572,7 +396,7 @@ class ExactPenalty:
             if model is not None:
                 with evaluating(model):
                     check_lm_head(model)
-        _check_noise(
+        check_noise(
             self.model, bool(self.args.gradient_checkpointing or self.args.activation_checkpointing)
         )
         _add_hidden_forward(causal_lm(self.model))
@@ -587,13 +411,13 @@ class ExactPenalty:
 
     def _generate_single_turn(self, *args):
         settings = self.generation_config
-        if biased := _biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
+        if biased := biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
             raise InputError(
                 f"`generation_config` of the trainer sets `{biased[0]}` to {biased[1]!r}: "
-                f"{_SAMPLED}, and the gradient would be biased."
+                f"{SAMPLED}, and the gradient would be biased."
             )
-        _without_noise(self.model)
-        with _own_distribution(self.accelerator.unwrap_model(self.model), settings):
+        without_noise(self.model)
+        with own_distribution(self.accelerator.unwrap_model(self.model), settings):
             return super()._generate_single_turn(*args)
 
     def _get_per_token_logps_and_entropies(
@@ -674,7 +498,7 @@ class ExactPenalty:
                 completion_mask,
             ), aux_loss
 
-        _without_noise(self.model)
+        without_noise(self.model)
         with self.accelerator.autocast():
             scores, aux_loss = model(**inputs, from_hidden=from_hidden)
         if self._scoring is not None:
@@ -692,6 +516,9 @@ class ExactPenalty:
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
+        if self.budget is not None:  # what batches before this one say
+            self.kl_beta = self.budget.beta
+            self._metrics[mode]["beta"].append(self.kl_beta)
         with self._open_scoring(generating=True) as scoring:
             output = super()._generate_and_score_completions(inputs)
             if scoring.scores is None:  # GRPO asks for none where it is on-policy
@@ -713,7 +540,9 @@ class ExactPenalty:
         )
         if self.exact_loss:
             output["ref_hidden"] = scoring.ref_hidden
-        self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        kl = self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        if self.budget is not None and mode == "train" and kl is not None:
+            self.budget.update(kl)
         self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
         return output
 
@@ -763,8 +592,14 @@ class ExactPenalty:
     ):  # nothing when all completions of the batch are masked
         per_sequence = self.accelerator.gather(per_step.masked_fill(mask == 0, 0.0).sum(1))
         kept = self.accelerator.gather(mask.any(1))
-        if kept.any():
-            self._metrics[mode][name].append(per_sequence[kept].mean().item())
+        if not kept.any():
+            return None
+        values = per_sequence[kept]
+        self._metrics[mode][name].append(mean := values.mean().item())
+        if name == "kl_sequence_rb" and len(values) > 1:
+            stderr = values.std().item() / math.sqrt(len(values))
+            self._metrics[mode][f"{name}_stderr"].append(stderr)
+        return mean
 
     def _compute_loss(self, model, inputs):
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
@@ -832,7 +667,7 @@ class RBRLOOTrainer(ExactPenalty, RLOOTrainer):
                 f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
             )
         # once more: fields may have been set since
-        check_settings(args, RLOOConfig, FREE_SETTINGS, FIXED_SETTINGS)
+        check_settings(args, RLOOConfig, FREE, FIXED)
         super().__init__(
             model, ref_model, reward_funcs, args, train_dataset, processing_class, **kwargs
         )
@@ -860,6 +695,27 @@ class _ResumeOrder(TrainerCallback):
             )
         for _ in range(int(state.epoch or 0)):
             next(iter(self.trainer._sampler))  # draws one epoch's order
+
+
+class _KeepBudget(TrainerCallback):
+    "Keeps where `beta` has got to in the `trainer_state.json` of every checkpoint."
+
+    name = "klrb.budget.KLBudget"
+
+    def __init__(self, budget):
+        self.budget, self.start = budget, budget.state_dict()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(self.name) if state.global_step else self.start
+        if kept is None:
+            raise InputError(
+                f"the checkpoint is from update {state.global_step} and has no KL budget: its run "
+                "had no `target_kl`; start the run anew."
+            )
+        self.budget.load_state_dict(kept)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[self.name] = self.budget.state_dict()
 
 
 class _KeepFit(TrainerCallback):

@@ -16,7 +16,7 @@ from klrb.exact import (
     exact_kl_gradient,
 )
 from klrb.gradients import GRADIENTS, kl_baseline, kl_surrogate
-from klrb.steps import k1, k2, k3, step_kl, step_kl_topk, topk_tail
+from klrb.steps import k1, k2, k3, step_divergence, step_kl, step_kl_topk, topk_tail
 from rounding import agree, assert_within, gamma, unbiased, unit
 
 fast = settings(max_examples=40, deadline=None, derandomize=True)
@@ -720,3 +720,42 @@ def test_discounts_at_the_ends():
         agree(surrogate(method, x, discount=0.5).item(), surrogate(method, x).item())
     agree(gradient("mc_to_go", x, discount=0, baseline=None), gradient("k2_loss", x))
     agree(gradient("rb", x, discount=0), gradient("step_loss", x))
+
+
+def weighted(r):
+    "Forward and reverse KL of each step, by the teacher's entropy."
+    logq = r.ref_logits.log_softmax(-1)
+    weight = -(logq.exp() * logq).sum(-1) / math.log(r.ref_logits.shape[-1])
+    forward, reverse = (
+        step_kl(r.ref_logits, r.policy_logits),
+        step_kl(r.policy_logits, r.ref_logits),
+    )
+    return weight * forward + (1 - weight) * reverse
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "chi_square", weighted])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_the_score_of_any_divergence_of_the_steps(divergence, off_policy):
+    "`rb` follows the expected sum of whatever is passed as `step_kl`; the step loss does not."
+    student, teacher, old = triple(2, 3)
+
+    def steps(r):
+        if callable(divergence):
+            return divergence(r)
+        return step_divergence(divergence, r.policy_logits, r.ref_logits)
+
+    def form(r, method):
+        old_logprobs = r.old_logprobs if off_policy else None
+        args = method, r.policy_logprobs, r.ref_logprobs, r.mask, steps(r), old_logprobs
+        return kl_surrogate(*args, prompt_ids=r.prompt_ids)
+
+    r = enumerate_rollouts(student, teacher)
+    probability = (r.policy_logprobs * r.mask).sum(-1).exp()
+    total = (probability * (steps(r) * r.mask).sum(-1)).sum()
+    wanted = torch.autograd.grad(total, student.table)[0]
+    sampler = old if off_policy else None
+    m = exact_gradient_moments(lambda r: form(r, "rb"), student, teacher, 2, sampler)
+    agree(m.mean, wanted, terms=2**16, size=1 + m.variance**0.5)
+    if not off_policy:
+        m = exact_gradient_moments(lambda r: form(r, "step_loss"), student, teacher)
+        assert (m.mean - wanted).norm() > 0.1 * wanted.norm()

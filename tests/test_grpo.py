@@ -13,7 +13,8 @@ from trl import GRPOConfig, GRPOTrainer, RLOOTrainer
 from klrb.errors import InputError, InputTypeError
 from klrb.grpo import _FIXED, _LOSSES, _OWN, RBGRPOConfig, RBGRPOTrainer
 from klrb.models import completion_logits, load_model, load_tokenizer
-from klrb.rloo import FREE_SETTINGS, ExactPenalty, RBRLOOConfig
+from klrb.rlhf.sampling import FREE
+from klrb.rloo import ExactPenalty, RBRLOOConfig
 
 CPU = dict(report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, bf16=False)
 PROMPTS = Dataset.from_dict(dict(prompt=["The film", "I saw this film with", "Never", "It was"]))
@@ -171,9 +172,9 @@ def test_fitted_joins_the_plain_loss(tmp_path):
 
 def test_every_setting_of_trl_is_known():
     "A new release of TRL brings new ones: each must be put where it belongs."
-    known = FREE_SETTINGS | _OWN | _FIXED.keys() | {"generation_kwargs"}
+    known = FREE | _OWN | _FIXED.keys() | {"generation_kwargs"}
     assert {o.name for o in dataclasses.fields(GRPOConfig)} <= known
-    assert not _OWN & FREE_SETTINGS and not _OWN & _FIXED.keys()
+    assert not _OWN & FREE and not _OWN & _FIXED.keys()
 
 
 SIGNATURES = dict(
