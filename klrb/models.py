@@ -208,6 +208,10 @@ def load_tokenizer(
 
     Raises `ValueError` when it cannot be loaded, `OSError` when a package is missing.
     """
+    if name.startswith("soup:"):
+        from klrb.soups import load_soup_tokenizer
+
+        return load_soup_tokenizer(name, trust_remote_code)
     files = _files(name)
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -255,6 +259,10 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise InputError(f"`dtype` is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if name.startswith("soup:"):
+        from klrb.soups import load_soup
+
+        return load_soup(name, dtype, device, trust_remote_code)
     place, number_format = pick_device(device), getattr(torch, dtype)
     if name == "tiny-random":
         return _tiny_random(seed).to(place, number_format).eval()

@@ -31,8 +31,8 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['Shape', 'Stack', 'join_stacks', 'make_stack', 'load_stack', 'hidden_states', 'head_logits', 'new_cache',
-           'ArmRollouts', 'SeededNoise', 'sample', 'Scores', 'log_probs', 'score', 'Arm', 'UpdateLoss', 'StackedAdamW',
+__all__ = ['Shape', 'Stack', 'make_stack', 'load_stack', 'join_stacks', 'hidden_states', 'head_logits', 'ArmRollouts',
+           'SeededNoise', 'new_cache', 'sample', 'Scores', 'log_probs', 'score', 'Arm', 'UpdateLoss', 'StackedAdamW',
            'QuickTfidf', 'PooledReward', 'Settings', 'PromptTable', 'tokenize_prompts', 'prompt_order', 'ManyRuns']
 
 # %% ../../nbs/rlhf/514_many.ipynb #a51405
@@ -87,16 +87,6 @@ class Stack:
         state = {f"transformer.{name}": o[arm].clone() for name, o in self.weights.items()}
         return state | {"lm_head.weight": state["transformer.wte.weight"]}
 
-
-def join_stacks(
-    stacks: Sequence[Stack],  # of one shape
-) -> Stack:  # all their arms, in order
-    "One stack of several."
-    if any(o.shape != stacks[0].shape for o in stacks):
-        raise InputError("`stacks` have different shapes; policies of one stack must have one.")
-    names = stacks[0].weights
-    return Stack({o: torch.cat([s.weights[o] for s in stacks]) for o in names}, stacks[0].shape)
-
 # %% ../../nbs/rlhf/514_many.ipynb #a51407
 _EXPECTED = dict(
     model_type=("gpt2",),
@@ -147,6 +137,16 @@ def load_stack(
     config = json.loads((folder / "config.json").read_text())
     return make_stack(config, load_file(folder / "model.safetensors"), dtype, device)
 
+
+def join_stacks(
+    stacks: Sequence[Stack],  # of one shape
+) -> Stack:  # all their arms, in order
+    "One stack of several."
+    if any(o.shape != stacks[0].shape for o in stacks):
+        raise InputError("`stacks` have different shapes; policies of one stack must have one.")
+    names = stacks[0].weights
+    return Stack({o: torch.cat([s.weights[o] for s in stacks]) for o in names}, stacks[0].shape)
+
 # %% ../../nbs/rlhf/514_many.ipynb #a51409
 def _linear(x, weights, name):  # (A, N, inputs) to (A, N, outputs)
     return torch.baddbmm(weights[name + ".bias"][:, None], x, weights[name + ".weight"])
@@ -182,7 +182,7 @@ def _attend(x, weights, name, shape, rows, seen, cached, at):
     mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(x.shape)
     return _linear(mixed, weights, name + ".c_proj")
 
-
+# %% ../../nbs/rlhf/514_many.ipynb #a51429
 def hidden_states(
     stack: Stack,  # A policies
     ids: Tensor,  # token ids, (A, B, L)
@@ -213,17 +213,6 @@ def head_logits(
     "The tied head."
     logits = torch.bmm(hidden.flatten(1, 2), stack.weights["wte.weight"].transpose(1, 2))
     return logits.view(*hidden.shape[:3], -1)
-
-
-def new_cache(
-    stack: Stack,  # A policies
-    rows: int,  # B
-    positions: int,  # P + T
-) -> list[Tensor]:  # keys and values of each layer, (2, A B, heads, P + T, d)
-    "An empty cache."
-    shape = stack.shape
-    size = 2, len(stack) * rows, shape.heads, positions, shape.width // shape.heads
-    return [torch.zeros(size, dtype=stack.dtype, device=stack.device) for _ in range(shape.layers)]
 
 # %% ../../nbs/rlhf/514_many.ipynb #a51413
 class ArmRollouts(NamedTuple):
@@ -265,6 +254,17 @@ class SeededNoise:
         noise = [torch.empty(shape, **self.like).exponential_(generator=o) for o in self.generators]
         smallest = torch.finfo(self.like["dtype"]).tiny
         return torch.stack(noise).clamp(min=smallest).log()[self.index]
+
+
+def new_cache(
+    stack: Stack,  # A policies
+    rows: int,  # B
+    positions: int,  # P + T
+) -> list[Tensor]:  # keys and values of each layer, (2, A B, heads, P + T, d)
+    "An empty cache."
+    shape = stack.shape
+    size = 2, len(stack) * rows, shape.heads, positions, shape.width // shape.heads
+    return [torch.zeros(size, dtype=stack.dtype, device=stack.device) for _ in range(shape.layers)]
 
 
 @torch.no_grad()
@@ -805,14 +805,9 @@ class ManyRuns:
         return lambda: self._averages(found, completions)
 
     def _averages(self, found, completions) -> dict[str, Tensor]:
-        parts = []
+        sums, total = {}, torch.zeros(len(self.arms), dtype=torch.float64)
         for arms, rows, scores, rewards in found:
-            means = _means(scores, rewards(), completions)
-            parts.append((arms, rows, means))
-        sums = {o: torch.zeros(len(self.arms), dtype=torch.float64) for o in parts[0][2]}
-        total = torch.zeros(len(self.arms), dtype=torch.float64)
-        for arms, rows, means in parts:
             total[arms] += rows
-            for name, value in means.items():
-                sums[name][arms] += value * rows
+            for name, value in _means(scores, rewards(), completions).items():
+                sums.setdefault(name, torch.zeros_like(total))[arms] += value * rows
         return {name: o / total for name, o in sums.items()}

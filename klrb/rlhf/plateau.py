@@ -120,7 +120,7 @@ PLANS: dict[str, Plan] = dict(
     ),
 )
 
-
+# %% ../../nbs/rlhf/515_plateau.ipynb #a51516
 @dataclass
 class Inputs:
     "What all arms read."
@@ -194,7 +194,7 @@ class Clock:
         "What is left of it."
         return self.seconds - (time.monotonic() - self.began)
 
-
+# %% ../../nbs/rlhf/515_plateau.ipynb #a51518
 def train_stage(
     stage: str,  # constant, half, linear or pairs
     plan: Plan,
@@ -258,7 +258,7 @@ def _basis_losses(scores, rewards, group):
     )
     return losses, update_statistics(rewards, logp, logq, mask, kl, baseline)
 
-
+# %% ../../nbs/rlhf/515_plateau.ipynb #a51520
 def update_products(
     policy: Stack,  # one policy
     inputs: Inputs,
@@ -325,7 +325,7 @@ def deviations(
     }
     return values, overall
 
-
+# %% ../../nbs/rlhf/515_plateau.ipynb #a51522
 def trace_rows(
     products: np.ndarray,  # of `update_products`, (batches, 4, 4)
     statistics: np.ndarray,  # of the same batches, (batches, 5, 5)
@@ -431,7 +431,7 @@ def run_study(
         print(f"{stage}: {done[stage]} in {took[stage]:.1f} s", flush=True)
     return result
 
-
+# %% ../../nbs/rlhf/515_plateau.ipynb #a51525
 def main() -> None:
     "The command line."
     parser = argparse.ArgumentParser(description="The plateau study, on one device.")
