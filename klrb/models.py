@@ -490,19 +490,24 @@ def sample_completions(
         eos_token_id=eos_token_ids,
         pad_token_id=pad_token_id,
     )
-    its_own, policy.generation_config = policy.generation_config, settings
-    try:
-        full = policy.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            generation_config=settings,
-            logits_processor=logits_processor,
-        )
-    finally:
-        policy.generation_config = its_own
+    full = _generate(policy, prompt_ids, prompt_mask, settings, logits_processor)
     return _completions(full, prompt_ids, eos_token_ids)
 
 # %% ../nbs/compare/403_scored.ipynb #18a66025
+def _generate(policy, prompt_ids, prompt_mask, settings, processors) -> Tensor:  # (B, P + T)
+    "The model's own `generate`, with the model's own settings put aside."
+    its_own, policy.generation_config = policy.generation_config, settings
+    try:
+        return policy.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=settings,
+            logits_processor=processors,
+        )
+    finally:
+        policy.generation_config = its_own
+
+
 def _completions(
     full: Tensor, prompt_ids: Tensor, eos_token_ids: list[int]
 ) -> tuple[Tensor, Tensor]:
