@@ -344,6 +344,42 @@ def _rloo(
         for name in ("reward", "kl_rb", "kl_mc", "objective"):
             typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
 
+# %% ../nbs/sweeps/608_cli.ipynb #d15711a1
+@app.command("distill")
+def _distill(
+    prepare_dir: Path = typer.Option(
+        ..., help="Finished preparation: OUT/cache/prepare/NAME of a study."
+    ),
+    out: Path = typer.Option(..., help="Folder of the run; a killed run goes on in it."),
+    profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
+    gradient: str = typer.Option(
+        "rb", help="What is followed: rb, rb_topk, mc_to_go, mc, step, vopd or k1."
+    ),
+    teacher: str = typer.Option("dpo", help="dpo, reference, or a model's name."),
+    student: str = typer.Option("reference", help="The same; it is trained."),
+    learning_rate: float = typer.Option(None, help="At the start.", show_default="the profile's"),
+    seed: int = typer.Option(0, help="Seed of the sampling and of the order of prompts."),
+    updates: int = typer.Option(None, min=1, help="Optimiser steps.", show_default="the profile's"),
+    save_every: int = typer.Option(20, min=0, help="Updates between checkpoints; 0: none."),
+) -> None:
+    "Distil a teacher into a student and judge it; several devices as with `klrb rloo`."
+    with one_line_errors():
+        _quiet_loading()
+        import os
+        from klrb.rlhf.distilling import distill_run
+        from klrb.rlhf.profiles import check_downloads, get_profile
+
+        settings = get_profile(profile)
+        check_downloads(settings)
+        models = teacher, student, learning_rate
+        result = distill_run(
+            settings, prepare_dir, out, gradient, *models, seed, updates, save_every
+        )
+        if os.environ.get("RANK", "0") != "0":
+            return  # the first process speaks
+        for name in ("kl_rb", "kl_mc", "reward"):
+            typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
+
 # %% ../nbs/sweeps/608_cli.ipynb #714d0ec1
 @app.command("measure")
 def _measure(

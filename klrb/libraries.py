@@ -24,7 +24,7 @@ class LibraryRow:
     options: str  # conditions on the configuration, separated by "; "
     setting: str  # the same in words
     place: str  # where the KL enters: "reward", "loss", "distillation" or "none"
-    method: str  # key of `klrb.gradients.GRADIENTS`, or "vopd", "zero", "none"
+    method: str  # key of `klrb.gradients.GRADIENTS`, or "zero", "none"
     unbiased: bool  # True: the expected gradient is that of the sequence KL, on-policy
     unless: str  # what makes an unbiased row biased; empty: nothing known
     source: str  # "file:first-last" of the lines that were read, or a thread
