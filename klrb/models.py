@@ -212,6 +212,10 @@ def load_tokenizer(
         from klrb.soups import load_soup_tokenizer
 
         return load_soup_tokenizer(name, trust_remote_code)
+    if name.startswith("llama:"):
+        from klrb.llama_cpp import llama_file
+
+        name = str(llama_file(name))
     files = _files(name)
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -263,6 +267,10 @@ def load_model(
         from klrb.soups import load_soup
 
         return load_soup(name, dtype, device, trust_remote_code)
+    if name.startswith("llama:"):
+        from klrb.llama_cpp import load_llama_cpp
+
+        return load_llama_cpp(name, dtype, device)
     place, number_format = pick_device(device), getattr(torch, dtype)
     if name == "tiny-random":
         return _tiny_random(seed).to(place, number_format).eval()
