@@ -3,73 +3,16 @@
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 
-from klrb.models import load_model, load_tokenizer
-from klrb.rlhf.profiles import get_profile
-from klrb.rlhf.training import rloo_config, train_rloo
+from klrb.models import load_model
+from trainers import Killed, train_run
 
-PROMPTS = Dataset.from_dict(
-    dict(
-        prompt=[
-            "The film",
-            "I saw this film with",
-            "Never",
-            "It was a bit of a",
-            "This",
-            "A story",
-            "He",
-            "My",
-        ]
-    )
-)
 UPDATES = 20  # of 4 per generation batch and 8 per epoch: two epochs and a half
 
 
-class Killed(Exception):
-    pass
-
-
-def train(
-    folder,
-    updates=UPDATES,
-    kill_at=None,
-    save_every=4,
-    resume=True,
-    learning_rate=1e-3,
-    policy=None,
-    reference=True,
-):
-    """ ""Metrics without times, and weights.
-
-    `kill_at`: the generation batch, counted from 1, whose reward ends the run.""
-    """
-    folder.mkdir(exist_ok=True)
-    calls = []
-
-    def reward(completions, prompts, **kwargs):
-        calls.append(1)
-        if len(calls) == kill_at:
-            raise Killed
-        return [float(c.count("e")) for c in completions]
-
-    profile = get_profile("smoke", num_iterations=4, learning_rate=learning_rate)
-    config = rloo_config(
-        profile, folder / "trainer", "rb", beta=0.3, seed=3, updates=updates, save_every=save_every
-    )
-    policy = train_rloo(
-        policy or load_model("tiny-random", seed=1),
-        load_model("tiny-random", seed=0) if reference else None,
-        load_tokenizer("tiny-random"),
-        PROMPTS,
-        reward,
-        config,
-        folder / "metrics.csv",
-        resume=resume,
-        start="reference",
-    )
-    return (folder / "metrics.csv").read_text(), policy.state_dict(), len(calls)
+def train(folder, updates=UPDATES, **settings):
+    return train_run(folder, updates, **settings)
 
 
 def curve(text):
@@ -157,11 +100,11 @@ def test_a_policy_with_adapters_resumes_too(tmp_path):
             peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True),
         )
 
-    whole, weights, _ = train(tmp_path / "whole", updates=8, policy=policy(), reference=False)
+    whole, weights, _ = train(tmp_path / "whole", updates=8, policy=policy(), reference=None)
     with pytest.raises(Killed):
-        train(tmp_path / "killed", updates=8, kill_at=2, policy=policy(), reference=False)
+        train(tmp_path / "killed", updates=8, kill_at=2, policy=policy(), reference=None)
     metrics, resumed, generated = train(
-        tmp_path / "killed", updates=8, policy=policy(), reference=False
+        tmp_path / "killed", updates=8, policy=policy(), reference=None
     )
     assert curve(metrics) == curve(whole) and generated == 1
     assert all(torch.equal(resumed[name], value) for name, value in weights.items())

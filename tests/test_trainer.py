@@ -2,10 +2,10 @@
 
 import os
 import socket
+from functools import partial
 
 import pytest
 import torch
-from datasets import Dataset
 from torch.multiprocessing import spawn
 from torch.testing import assert_close
 from transformers import TrainerCallback
@@ -14,22 +14,11 @@ import klrb.rloo
 from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.judging import evaluate_policy
-from klrb.rloo import RBRLOOConfig, RBRLOOTrainer
+from klrb.rloo import RBRLOOTrainer
+from trainers import PROMPTS, count_e, make_trainer, rollout_rows
 
-CPU = dict(
-    report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, save_strategy="no"
-)
-PROMPTS = Dataset.from_dict(
-    dict(
-        prompt=["The film", "I saw this film with", "Never", "It was a bit of a"],
-        label=[0, 1, 0, 1],
-    )
-)
-ROWS = [dict(prompt=p) for p in PROMPTS["prompt"] for _ in range(2)]
-
-
-def count_e(completions, prompts, **kwargs):
-    return [float(c.count("e")) for c in completions]
+FOUR = PROMPTS.select(range(4))
+make = partial(make_trainer, prompts=FOUR)
 
 
 def norm(gradients):
@@ -37,38 +26,9 @@ def norm(gradients):
     return torch.stack([g.norm() for g in gradients.values()]).norm()
 
 
-def make(folder, policy=None, reference="given", peft_config=None, **settings):
-    settings = (
-        dict(
-            kl_estimator="rb",
-            beta=0.3,
-            per_device_train_batch_size=8,
-            num_generations=2,
-            max_completion_length=6,
-            temperature=0.8,
-            seed=1,
-            bf16=False,
-        )
-        | CPU
-        | settings
-    )
-    reference = load_model("tiny-random", seed=0) if reference == "given" else reference
-    t = RBRLOOTrainer(
-        policy or load_model("tiny-random", seed=1),
-        reference,
-        count_e,
-        RBRLOOConfig(str(folder), **settings),
-        PROMPTS,
-        load_tokenizer("tiny-random"),
-        peft_config=peft_config,
-    )
-    t.model.train()
-    return t
-
-
 def generate(t, seed=3):
     torch.manual_seed(seed)
-    return t._generate_and_score_completions(ROWS)
+    return t._generate_and_score_completions(rollout_rows(FOUR["prompt"], 2))
 
 
 def loss_and_gradients(t, batch):
@@ -123,7 +83,7 @@ def test_no_logits_are_built_outside_generation(tmp_path, kl_estimator, beta):
     t.train()
     assert t.state.global_step == 3
     evaluate_policy(
-        t.model, t.ref_model, load_tokenizer("tiny-random"), PROMPTS, count_e, get_profile("smoke")
+        t.model, t.ref_model, load_tokenizer("tiny-random"), FOUR, count_e, get_profile("smoke")
     )
     with pytest.raises(LogitsBuilt):
         t.model(torch.zeros(1, 1, dtype=torch.long))  # the guard works

@@ -1,81 +1,32 @@
 """The trainer whose update is fitted: special cases, sources of the coefficients, resuming."""
 
+import io
 import json
 import math
 
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 
 from klrb.errors import InputError
 from klrb.models import completion_logits, load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
-from klrb.rlhf.training import rloo_config, train_rloo
-from klrb.rloo import UNBIASED, RBRLOOConfig, RBRLOOTrainer
+from klrb.rloo import UNBIASED, RBRLOOTrainer
 from klrb.style import LABELS, in_order
 from klrb.sweeps.study import study_grid
 from klrb.update import CoefficientFit
 from test_trainer_models import build
+from trainers import PROMPTS, TEXTS, Killed, count_e, make_trainer, move, rollout_rows, train_run
 
-CPU = dict(
-    report_to=[],
-    gradient_checkpointing=False,
-    disable_tqdm=True,
-    use_cpu=True,
-    save_strategy="no",
-    bf16=False,
-)
-PROMPTS = Dataset.from_dict(
-    dict(
-        prompt=[
-            "The film",
-            "I saw this film with",
-            "Never",
-            "It was a bit of a",
-            "This",
-            "A story",
-            "He",
-            "My",
-        ]
-    )
-)
-ROWS = [dict(prompt=p) for p in PROMPTS["prompt"][:4] for _ in range(3)]
+ROWS = rollout_rows(TEXTS[:4], 3)
 BETA = 0.3
 
 
-def count_e(completions, prompts, **kwargs):
-    return [float(c.count("e")) for c in completions]
-
-
-def make(folder, reward=count_e, policy=None, reference="given", **settings):
-    peft_config = settings.pop("peft_config", None)
-    settings = (
-        dict(
-            kl_estimator="fitted",
-            beta=BETA,
-            per_device_train_batch_size=12,
-            num_generations=3,
-            max_completion_length=6,
-            temperature=0.8,
-            seed=1,
-            logging_steps=1,
-        )
-        | CPU
-        | settings
+def make(folder, reward=count_e, **settings):
+    defaults = dict(
+        kl_estimator="fitted", per_device_train_batch_size=12, num_generations=3, logging_steps=1
     )
-    reference = load_model("tiny-random", seed=0) if reference == "given" else reference
-    t = RBRLOOTrainer(
-        policy or load_model("tiny-random", seed=1),
-        reference,
-        reward,
-        RBRLOOConfig(str(folder), **settings),
-        PROMPTS,
-        load_tokenizer("tiny-random"),
-        peft_config=peft_config,
-    )
-    t.model.train()
-    return t
+    return make_trainer(folder, reward=reward, **defaults | settings)
 
 
 def generate(t):
@@ -100,13 +51,6 @@ def gradient(t, batch, past=None, noise=None):
         )
     t._compute_loss(t.model, batch).backward()
     return torch.cat([p.grad.flatten() for p in t.model.parameters() if p.grad is not None])
-
-
-def move(t):
-    with torch.no_grad():
-        for p in t.model.parameters():
-            if p.requires_grad:
-                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
 
 
 def assert_near(ours, theirs, relative=1e-5):
@@ -347,37 +291,11 @@ def test_training_anew_begins_without_coefficients(tmp_path):
 
 
 def run(folder, updates, kill_at=None, save_every=0):
-    folder.mkdir(exist_ok=True)
-    calls = []
-
-    def reward(completions, prompts, **kwargs):
-        calls.append(1)
-        if len(calls) == kill_at:
-            raise KeyboardInterrupt
-        return count_e(completions, prompts)
-
-    profile = get_profile("smoke", num_iterations=2, learning_rate=1e-3)
-    config = rloo_config(
-        profile,
-        folder / "trainer",
-        "fitted",
-        beta=BETA,
-        seed=3,
-        updates=updates,
-        save_every=save_every,
+    metrics, weights, _ = train_run(
+        folder, updates, kill_at, save_every, kl_estimator="fitted", num_iterations=2
     )
-    policy = train_rloo(
-        load_model("tiny-random", seed=1),
-        load_model("tiny-random", seed=0),
-        load_tokenizer("tiny-random"),
-        PROMPTS,
-        reward,
-        config,
-        folder / "metrics.csv",
-        resume=True,
-    )
-    frame = pd.read_csv(folder / "metrics.csv")
-    return policy.state_dict(), frame[frame.metric != "seconds"].reset_index(drop=True)
+    frame = pd.read_csv(io.StringIO(metrics))
+    return weights, frame[frame.metric != "seconds"].reset_index(drop=True)
 
 
 def test_a_run_of_thirty_updates_is_finite_and_writes_its_coefficients_down(tmp_path):
@@ -395,7 +313,7 @@ def test_a_run_of_thirty_updates_is_finite_and_writes_its_coefficients_down(tmp_
 def test_a_killed_run_goes_on_with_the_same_coefficients(tmp_path):
     weights, whole = run(tmp_path / "whole", 10)
     for kill_at in (4, 2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             run(tmp_path / "killed", 10, kill_at, save_every=4)
     state = json.loads(
         next((tmp_path / "killed" / "trainer").glob("checkpoint-*/trainer_state.json")).read_text()

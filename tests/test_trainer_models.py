@@ -11,7 +11,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from klrb.errors import InputError
 from klrb.models import load_tokenizer
-from klrb.rloo import RBRLOOConfig, RBRLOOTrainer
+from trainers import make_trainer, rollout_rows
 
 VOCAB = 4096  # of the pocket model's tokenizer
 PROMPTS = [
@@ -20,7 +20,7 @@ PROMPTS = [
     "I saw this film with my sister and",
     "It was a bit of a mess, but the cast was good",
 ]
-ROWS = [dict(prompt=p) for p in PROMPTS for _ in range(2)]
+ROWS = rollout_rows(PROMPTS, 2)
 SMALL = dict(vocab_size=VOCAB, pad_token_id=1, bos_token_id=0, eos_token_id=0)
 LLAMA = SMALL | dict(
     hidden_size=32,
@@ -170,28 +170,15 @@ def build(kind, seed, **fields):
 
 
 def trainer(folder, policy, reference, **settings):
-    defaults = dict(
-        beta=0.3,
-        per_device_train_batch_size=8,
-        num_generations=2,
-        max_completion_length=5,
-        bf16=False,
-        report_to=[],
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        use_cpu=True,
-        save_strategy="no",
-    )
-    made = RBRLOOTrainer(
+    defaults = dict(max_completion_length=5, temperature=1.0, seed=42)
+    return make_trainer(
+        folder,
         policy,
         reference,
-        lambda completions, **kwargs: [float(len(c)) for c in completions],
-        RBRLOOConfig(str(folder), **defaults | settings),
-        Dataset.from_list(ROWS),
-        load_tokenizer("tiny-random"),
+        reward=lambda completions, **kwargs: [float(len(c)) for c in completions],
+        prompts=Dataset.from_list(ROWS),
+        **defaults | settings,
     )
-    made.model.train()
-    return made
 
 
 def sequences(batch):

@@ -16,7 +16,8 @@ from klrb.rlhf.dpo import sample_pairs
 from klrb.rlhf.judging import evaluate_policy
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.training import train_rloo
-from klrb.rloo import _FIXED, _FREE, _FREE_GENERATION, RBRLOOConfig, RBRLOOTrainer
+from klrb.rlhf.sampling import FIXED, FREE, FREE_GENERATION
+from klrb.rloo import RBRLOOConfig, RBRLOOTrainer
 
 # What `GenerationConfig` has besides what cannot change a distribution, each at a value that would
 # change something
@@ -124,11 +125,11 @@ def test_every_setting_of_generate_and_of_trl_is_in_a_list():
     """A field that a new version brings fails here, and is refused at run time until somebody has
     looked at it."""
     assert (
-        _FREE_GENERATION.isdisjoint(BIASED)
-        and _FREE_GENERATION | BIASED.keys() == vars(GenerationConfig()).keys()
+        FREE_GENERATION.isdisjoint(BIASED)
+        and FREE_GENERATION | BIASED.keys() == vars(GenerationConfig()).keys()
     )
-    assert _FREE.isdisjoint(_FIXED)
-    assert _FREE | _FIXED.keys() | {"generation_kwargs"} == {
+    assert FREE.isdisjoint(FIXED)
+    assert FREE | FIXED.keys() | {"generation_kwargs"} == {
         o.name for o in dataclasses.fields(RLOOConfig)
     }
 
@@ -217,9 +218,9 @@ def test_settings_changed_later_are_refused_too(tmp_path):
 
 
 def test_a_field_that_a_later_trl_brings_is_refused_when_it_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("klrb.rloo._FREE", _FREE - {"epsilon"})
+    monkeypatch.setattr("klrb.rloo.FREE", FREE - {"epsilon"})
     RBRLOOConfig(str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(InputError, match="`epsilon` is 0.3; RBRLOOTrainer does not know"):
+    with pytest.raises(InputError, match="`epsilon` is 0.3; klrb does not know"):
         RBRLOOConfig(str(tmp_path), epsilon=0.3, bf16=False, use_cpu=True)
 
 
@@ -533,5 +534,5 @@ def test_what_the_trainer_does_not_know_is_refused(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             RBRLOOTrainer(*given)
-    with pytest.raises(InputTypeError, match="does not know `rollout_func`"):
+    with pytest.raises(InputTypeError, match="do not know `rollout_func`"):
         RBRLOOTrainer(model, copy.deepcopy(model), len, args, rows, tokenizer, rollout_func=len)

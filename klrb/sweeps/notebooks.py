@@ -31,6 +31,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from ..errors import InputError, StateError
 from ..files import PACKAGED, digest, hub_folder, packaged_file, text_digest, write_atomic
 from ..rlhf.profiles import PROFILES, Profile, to_toml
+from .kernels import FORKED
 from klrb.sweeps.parameters import (
     FOLDERS,
     Template,
@@ -45,6 +46,7 @@ from klrb.sweeps.runs import (
     environment,
     locked,
     manifest,
+    named_modules,
     read_json,
     read_record,
 )
@@ -217,17 +219,15 @@ def set_parameters(
     return content
 
 # %% ../../nbs/sweeps/603_notebooks.ipynb #69e5b29d
-_LAUNCH = """import ctypes, os, runpy
-if hasattr(ctypes.CDLL(None), "prctl"): ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(os.environ["JPY_PARENT_PID"]): os._exit(1)  # died before the line above
-runpy.run_module("ipykernel_launcher", run_name="__main__")"""
-
 _LOG = logging.getLogger("klrb.kernel")
 
 
 class _Client(PapermillNotebookClient):
     def start_new_kernel(self, **kwargs):
-        self.km.kernel_spec.argv = [sys.executable, "-c", _LAUNCH, "-f", "{connection_file}"]
+        spec = self.km.kernel_spec
+        spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        if sys.platform == "linux":
+            spec.metadata["kernel_provisioner"] = dict(provisioner_name=FORKED, config=self.imports)
         super().start_new_kernel(**kwargs)
         self.started(self.km.provisioner.process)
 
@@ -235,10 +235,11 @@ class _Client(PapermillNotebookClient):
 class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man, kernel_name, *, popen, started=lambda process: None, **kwargs
+        cls, nb_man, kernel_name, *, popen, started=lambda process: None, imports=None, **kwargs
     ):
         client = _Client(nb_man, kernel_name=kernel_name, startup_timeout=120, log=_LOG)
         client.started = started  # called with the process of the kernel
+        client.imports = imports or {}  # settings of `ForkProvisioner`
         client.execute(**popen)
 
 
@@ -304,16 +305,29 @@ def interrupt(
     for key in keys:
         _signal_kernel(key, signal.SIGINT)
 
+# %% ../../nbs/sweeps/603_notebooks.ipynb #4ba1b7ba
+def _to_import(notebook: Path) -> list[str]:
+    "Modules of klrb that a notebook names, to be imported before its kernel is forked."
+    if Path("/dev/nvidiactl").exists():
+        return []  # an import may look for CUDA, which no process forked after that can use
+    return [f"klrb.{name}" for name in named_modules(_code_of(notebook))]
+
+
+def _code_of(notebook: Path) -> str:
+    cells = json.loads(notebook.read_bytes())["cells"]
+    return "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
+
 
 def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Callable) -> None:
     environ = {**_MALLOC, **os.environ}
     if threads is not None:
         environ["OMP_NUM_THREADS"] = str(threads)
     popen = dict(env=environ, cwd=str(run.folder), stdout=log, stderr=log, pass_fds=[descriptor])
+    imports = dict(modules=_to_import(run.notebook), code=run.facts["code"])
     values = {**run.given, **run.folders, "out_dir": str(run.folder)}
     run_it = partial(execute_with, run.notebook, run.folder / "executed.ipynb", values)
     # Jupyter keeps its event loop in the context, which threads of one worker may share.
-    Context().run(run_it, popen=popen, started=started)
+    Context().run(run_it, popen=popen, started=started, imports=imports)
     if not (run.folder / "result.json").is_file():
         raise StateError("the notebook ended without writing result.json")
     if read_json(run.folder / "result.json") is None:
@@ -324,7 +338,7 @@ def execute_with(
     notebook: Path,  # notebook with a cell tagged `parameters`
     executed: Path,  # path of the executed copy
     values: dict,  # values of parameters, by name
-    **options,  # for our engine: `popen` of the kernel, and `started`, called with its process
+    **options,  # for our engine: `popen` and `imports` of the kernel; `started`, called with it
 ) -> None:
     """Execute a notebook with parameters.
 
@@ -374,7 +388,7 @@ def _record(run: Run, state: str, attempts: list[dict]) -> None:
     record["files"] = manifest(run.folder) if state == "done" else {}
     write_atomic(run.folder / "run.json", json.dumps(record, indent=1))
 
-
+# %% ../../nbs/sweeps/603_notebooks.ipynb #f241b124
 def _attempt(
     run: Run, attempts: list[dict], descriptor: int, threads: int | None, timeout: float | None
 ) -> tuple[str, str]:
@@ -408,9 +422,7 @@ def _attempt(
 
 
 def _start(run: Run) -> None:
-    cells = json.loads(run.notebook.read_bytes())["cells"]
-    source = "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
-    if code_digest(source) != run.facts["code"]:
+    if code_digest(_code_of(run.notebook)) != run.facts["code"]:
         raise StateError(
             "the code of klrb here is not that of the sweep; it was edited, "
             "or this machine has another version"

@@ -23,8 +23,8 @@ from ..errors import StateError
 from ..files import digest, flush, text_digest, write_atomic
 
 # %% auto #0
-__all__ = ['reached_modules', 'code_digest', 'environment', 'manifest', 'read_json', 'read_record', 'read_result', 'damaged',
-           'content_digest', 'Run', 'locked', 'is_locked']
+__all__ = ['named_modules', 'reached_modules', 'code_digest', 'environment', 'manifest', 'read_json', 'read_record',
+           'read_result', 'damaged', 'content_digest', 'Run', 'locked', 'is_locked']
 
 # %% ../../nbs/sweeps/601_runs.ipynb #9ca4fd2a
 _PACKAGE = Path(find_spec("klrb").submodule_search_locations[0])
@@ -50,6 +50,13 @@ def _imported(source: str, package: tuple[str, ...]) -> set[str]:
             names |= {base, *(f"{base}.{o.name}" for o in node.names)}
     return {o.removeprefix("klrb.") for o in names if o.startswith("klrb.")}
 
+# %% ../../nbs/sweeps/601_runs.ipynb #c4d6d4fc
+def named_modules(
+    source: str,  # code of a notebook
+) -> list[str]:  # names of klrb's modules, without "klrb."
+    "Modules of klrb that a source imports itself."
+    return sorted(_imported(source, ()) & _modules().keys())
+
 
 def reached_modules(
     source: str,  # code of a notebook
@@ -57,7 +64,7 @@ def reached_modules(
     "Modules of klrb that a source imports, directly or through another of them."
     known = _modules()
     found: set[str] = set()
-    new = _imported(source, ()) & known.keys()
+    new = set(named_modules(source))
     while new:
         name = new.pop()
         found.add(name)
