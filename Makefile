@@ -4,7 +4,7 @@ SHELL := bash
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help test study smol gpu export readme reading figures site test-site clean venv site-venv
+.PHONY: help test study distill smol gpu export readme reading figures site test-site clean venv site-venv
 
 PYTHON ?= python3# only to create .venv
 PROFILE ?= pocket
@@ -29,6 +29,7 @@ finish = echo "== done in $$((SECONDS - began)) s"
 help:
 	@cat <<'END'
 	make study    run the whole study; PROFILE=pocket by default, or smoke, smol, paper (GPU, downloads), mine.toml
+	make distill  six gradients of a distillation, a small version of the published study: 15 minutes on two cores
 	make smol     install the models of PROFILE=smol, 190 MB; make study PROFILE=smol does it too
 	make test     export and README in sync, notebooks at smoke size, pytest
 	make gpu      tests and speed of the kernels on a CUDA card, 6 minutes; needs torch and pytest only (no .venv)
@@ -66,6 +67,16 @@ test: venv
 study: venv $(if $(filter smol,$(PROFILE)),smol)
 	@echo "running the study, profile $(PROFILE)"
 	$(VENV)/bin/klrb study --profile "$(PROFILE)"
+
+# One pair of nbs/results/705_distillation.ipynb, at the rates that the published study chose.
+distill: venv
+	@out=outputs/runs/distill
+	mkdir -p $$out
+	if [ ! -f $$out/prepare/result.json ]; then
+	    $(VENV)/bin/papermill nbs/experiments/prepare.ipynb $$out/prepare.ipynb --no-progress-bar \
+	        -p profile pocket -p out_dir "$$PWD/$$out/prepare"
+	fi
+	$(PY) tests/gpu_distill.py --small --device cpu --prepared $$out/prepare --out $$out/small
 
 # The two model files of the profile `smol`, without the dependencies that pip would install with them.
 smol: venv

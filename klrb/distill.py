@@ -32,6 +32,7 @@ from .fused import LinearStepKL, LMHead, linear_step_kl
 from .gradients import GRADIENTS, kl_surrogate
 from .models import check_fits, check_lm_head, check_same_tokenizer, completion_hidden
 from .models import context_length, lm_head, load_model, load_tokenizer
+from .rlhf import sampling
 from .rlhf.dpo import check_padding
 from .steps import step_kl_topk, topk_tail
 
@@ -50,8 +51,8 @@ METHODS: dict[str, str] = dict(  # `gradient` -> method of `klrb.gradients`
 )
 REDUCTIONS = ("sequence", "token")
 
-_FREE = rloo.FREE_SETTINGS | {"max_tool_calling_iterations"}  # without tools nobody reads it
-_FIXED = rloo.FIXED_SETTINGS | {  # name -> values that change nothing, and what any other would do
+_FREE = sampling.FREE | {"max_tool_calling_iterations"}  # without tools nobody reads it
+_FIXED = sampling.FIXED | {  # name -> values that change nothing, and what any other would do
     "beta": ((1.0,), "the divergence would be another than KL(student || teacher)"),
     "teacher_model_name_or_path": ((None,), "`teacher` says already which model it is"),
     "teacher_model_revision": ((None,), "`teacher` may end with @REVISION instead"),
@@ -132,7 +133,7 @@ def _check_settings(args: RBDistillationConfig) -> None:
         )
     _check_inherited(args)
 
-# %% ../nbs/rlhf/511_distill.ipynb #4db82cd2
+# %% ../nbs/rlhf/511_distill.ipynb #27262c03
 def _check_inherited(args: RBDistillationConfig) -> None:
     "The fields that are TRL's."
     for setting in dataclasses.fields(DistillationConfig):
@@ -150,9 +151,9 @@ def _check_inherited(args: RBDistillationConfig) -> None:
             )
     given = args.generation_kwargs or {}
     given = json.loads(given) if isinstance(given, str) else given
-    if biased := rloo._biased_generation(given, args.temperature):
+    if biased := sampling.biased_generation(given, args.temperature):
         raise InputError(
-            f"`generation_kwargs` sets `{biased[0]}` to {biased[1]!r}: {rloo._SAMPLED}; "
+            f"`generation_kwargs` sets `{biased[0]}` to {biased[1]!r}: {sampling.SAMPLED}; "
             "leave it out."
         )
 
@@ -288,7 +289,7 @@ def _topk_scores(hidden, head, teacher_hidden, teacher_head, ids, mask, k, tempe
     values = (torch.cat(o) for o in found)
     return _TopK(*(o.new_zeros(mask.shape).masked_scatter(mask.bool(), o) for o in values))
 
-# %% ../nbs/rlhf/511_distill.ipynb #4cb15380
+# %% ../nbs/rlhf/511_distill.ipynb #8a74d56f
 class RBDistillationTrainer(DistillationTrainer):
     """`trl.DistillationTrainer` that follows a gradient of the sequence KL(student || teacher).
 
@@ -340,7 +341,7 @@ class RBDistillationTrainer(DistillationTrainer):
                 with evaluating(model):
                     check_lm_head(model)
         args = self.args
-        rloo._check_noise(
+        sampling.check_noise(
             self.model, bool(args.gradient_checkpointing or args.activation_checkpointing)
         )
         self._check_lengths(switch, teacher)
@@ -422,15 +423,15 @@ class RBDistillationTrainer(DistillationTrainer):
         settings = self.generation_config.to_dict()
         if self.vocab_size is not None:
             settings["suppress_tokens"] = None  # rows that are left out of the scores too
-        biased = rloo._biased_generation(settings, self.temperature, self.eos_token_ids)
+        biased = sampling.biased_generation(settings, self.temperature, self.eos_token_ids)
         if biased:
             raise InputError(
                 f"`generation_config` of the trainer sets `{biased[0]}` to {biased[1]!r}: "
-                f"{rloo._SAMPLED}, and the gradient would be biased."
+                f"{sampling.SAMPLED}, and the gradient would be biased."
             )
-        rloo._without_noise(self.model)
+        sampling.without_noise(self.model)
         student = self.accelerator.unwrap_model(self.model)
-        with rloo._own_distribution(student, self.generation_config):
+        with sampling.own_distribution(student, self.generation_config):
             return super()._generate_single_turn(*args)
 
     def _generate_and_score_completions(self, inputs):
@@ -478,7 +479,7 @@ class RBDistillationTrainer(DistillationTrainer):
             return scores, _topk_scores(*given, self.args.topk, self.temperature, self.vocab_size)
 
     def _compute_loss(self, unwrapped_student, inputs, num_items_in_batch):
-        rloo._without_noise(self.model)
+        sampling.without_noise(self.model)
         scores, topk = self._score(unwrapped_student, inputs)
         mask = inputs["completion_mask"]
         self._check_finite(scores)

@@ -113,7 +113,7 @@ def _train(student, teacher, tokenizer, prompts, config, path, tags):
             model.forward = own
     return trainer.model.eval()
 
-# %% ../../nbs/rlhf/517_distilling.ipynb #c6e8f4b3
+# %% ../../nbs/rlhf/517_distilling.ipynb #07af69c0
 def distill_run(
     profile: Profile,  # lengths, batch, schedule, device; the models of the names below
     prepared: str | Path,  # folder of its finished preparation
@@ -159,7 +159,7 @@ def distill_run(
     PartialState().wait_for_everyone()
     return json.loads((out / "result.json").read_text())
 
-
+# %% ../../nbs/rlhf/517_distilling.ipynb #c37ec7a6
 def _finish(frame: pd.DataFrame, params: dict, out: Path) -> None:
     frame.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
     shutil.rmtree(out / "trainer", ignore_errors=True)  # nothing is left to resume

@@ -197,7 +197,9 @@ class Plan:
 SMALL = Plan(  # some ten minutes of two cores, with the rates that the published study chose
     pairs=("dpo",),
     seeds=2,
-    evaluate_at=(0, 25, 50, 100, 150),
+    updates=100,
+    evaluate_at=(0, 25, 50, 100),
+    trace_at=(0, 100),
     eval_prompts=64,
     trace_batches=16,
     arms_at_once=6,
@@ -309,7 +311,7 @@ def train_stage(
         norms = means["grad_norm"].tolist()
     return False, kept
 
-# %% ../../nbs/rlhf/516_many_distill.ipynb #97ef830b
+# %% ../../nbs/rlhf/516_many_distill.ipynb #f470d508
 def best_rates(
     evaluation: pd.DataFrame,  # `evaluation.csv`
     pair: str,  # name of a pair
@@ -319,6 +321,20 @@ def best_rates(
     rows = evaluation.query("pair == @pair and phase == 'tune' and update == @updates")
     means = rows.groupby(["gradient", "learning_rate"]).kl_rb.agg(lambda o: o.mean(skipna=False))
     return {name: o.droplevel(0).idxmin() for name, o in means.dropna().groupby(level=0)}
+
+
+def _rates(pair, plan, inputs, out, clock) -> dict[str, float] | None:
+    "Rates that were chosen before, or are now; None when the time is up."
+    if plan.chosen:
+        known = pd.read_csv(plan.chosen).query("pair == @pair.name")
+        rates = dict(zip(known.gradient, known.learning_rate))
+    else:
+        if not train_stage(pair, "tune", plan.tuning(), plan, inputs, out, clock)[0]:
+            return None
+        rates = best_rates(pd.read_csv(out / "evaluation.csv"), pair.name, plan.updates)
+    rows = pd.DataFrame(dict(pair=pair.name, gradient=rates.keys(), learning_rate=rates.values()))
+    _append(out / "rates.csv", rows)
+    return rates
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #dd140dbd
 def gradient_rows(
@@ -426,20 +442,6 @@ def _device_name(device):
     )
 
 
-def _rates(pair, plan, inputs, out, clock) -> dict[str, float] | None:
-    "Rates that were chosen before, or are now; None when the time is up."
-    if plan.chosen:
-        known = pd.read_csv(plan.chosen).query("pair == @pair.name")
-        rates = dict(zip(known.gradient, known.learning_rate))
-    else:
-        if not train_stage(pair, "tune", plan.tuning(), plan, inputs, out, clock)[0]:
-            return None
-        rates = best_rates(pd.read_csv(out / "evaluation.csv"), pair.name, plan.updates)
-    rows = pd.DataFrame(dict(pair=pair.name, gradient=rates.keys(), learning_rate=rates.values()))
-    _append(out / "rates.csv", rows)
-    return rates
-
-# %% ../../nbs/rlhf/516_many_distill.ipynb #d96451e7
 def main() -> None:
     "The study from a shell; see `tests/gpu_distill.py`."
     parser = argparse.ArgumentParser(description="The distillation study of the pocket model.")
