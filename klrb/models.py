@@ -212,6 +212,10 @@ def load_tokenizer(
         from klrb.soups import load_soup_tokenizer
 
         return load_soup_tokenizer(name, trust_remote_code)
+    if name.startswith("llama:"):
+        from klrb.llama_cpp import llama_file
+
+        name = str(llama_file(name))
     files = _files(name)
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -263,6 +267,10 @@ def load_model(
         from klrb.soups import load_soup
 
         return load_soup(name, dtype, device, trust_remote_code)
+    if name.startswith("llama:"):
+        from klrb.llama_cpp import load_llama_cpp
+
+        return load_llama_cpp(name, dtype, device)
     place, number_format = pick_device(device), getattr(torch, dtype)
     if name == "tiny-random":
         return _tiny_random(seed).to(place, number_format).eval()
@@ -490,19 +498,24 @@ def sample_completions(
         eos_token_id=eos_token_ids,
         pad_token_id=pad_token_id,
     )
-    its_own, policy.generation_config = policy.generation_config, settings
-    try:
-        full = policy.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            generation_config=settings,
-            logits_processor=logits_processor,
-        )
-    finally:
-        policy.generation_config = its_own
+    full = _generate(policy, prompt_ids, prompt_mask, settings, logits_processor)
     return _completions(full, prompt_ids, eos_token_ids)
 
 # %% ../nbs/compare/403_scored.ipynb #18a66025
+def _generate(policy, prompt_ids, prompt_mask, settings, processors) -> Tensor:  # (B, P + T)
+    "The model's own `generate`, with the model's own settings put aside."
+    its_own, policy.generation_config = policy.generation_config, settings
+    try:
+        return policy.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=settings,
+            logits_processor=processors,
+        )
+    finally:
+        policy.generation_config = its_own
+
+
 def _completions(
     full: Tensor, prompt_ids: Tensor, eos_token_ids: list[int]
 ) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def parse_soup(
         )
     return parts
 
-# %% ../nbs/compare/420_soups.ipynb #36b7547d
+# %% ../nbs/compare/420_soups.ipynb #042b2679
 _COSMETIC = set(
     """
     _name_or_path name_or_path transformers_version dtype torch_dtype architectures use_cache
@@ -70,6 +70,8 @@ _COSMETIC = set(
 
 def _check_fit(first: PreTrainedModel, other: PreTrainedModel, names: tuple[str, str]) -> None:
     "Raise unless two models have one architecture."
+    if not any(o.is_floating_point() for o in other.state_dict().values()):
+        raise InputError(f"{names[1]!r} has no weights that could be averaged.")
     ours, theirs = (
         {k: str(o) for k, o in m.config.to_dict().items() if k not in _COSMETIC}
         for m in (first, other)

@@ -588,6 +588,30 @@ def test_saved_files_have_all_that_repeats_a_run(tmp_path):
     }
 
 
+def test_little_of_what_the_models_read_of_a_text_is_padding(monkeypatch):
+    "Windows of unequal lengths are scored with their like, and come back in order"
+    inner, read = klrb.compare.scoring.completion_logits, []
+
+    def counted(model, prompt_ids, prompt_mask, completion_ids, *others):
+        read.append(len(prompt_ids) * (prompt_ids.shape[1] + completion_ids.shape[1] - 1))
+        return inner(model, prompt_ids, prompt_mask, completion_ids, *others)
+
+    monkeypatch.setattr(klrb.compare.scoring, "completion_logits", counted)
+    gen = torch.Generator().manual_seed(0)
+    lengths = [60, 6, 33] * 12
+    documents = [torch.randint(2, 4096, (n,), generator=gen).tolist() for n in lengths]
+    sides = [klrb.models.load_model("tiny-random", seed=o) for o in (1, 0)]
+    settings = dict(tokenizer=klrb.models.load_tokenizer("pocket"), window=60)
+    found = measure_text(*sides, documents, **settings).tokens
+    assert sum(read) <= 1.3 * 2 * sum(lengths)
+    assert found.token_id.tolist() == [o for ids in documents for o in ids]
+    for number in (0, 1, 35):
+        row = torch.tensor([[0, *documents[number]]])
+        p, q = (o(row).logits[0, :-1].double().detach() for o in sides)
+        ours = found.step[found.document == number].to_numpy()
+        np.testing.assert_allclose(ours, step_kl(p, q).numpy(), rtol=1e-4, atol=1e-6)
+
+
 # The command line
 
 

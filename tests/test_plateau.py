@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -147,3 +148,20 @@ def test_a_study_stops_when_its_time_is_up(inputs, tmp_path, monkeypatch):
     result = run_study(Plan(**SMALL), inputs, tmp_path, clock)
     assert result["done"] == dict(constant=2)
     assert pd.read_csv(tmp_path / "evaluation.csv")["update"].max() == 2
+
+
+def test_the_published_differences_are_those_of_the_published_runs():
+    "The primary comparison by hand: mean over beta, then over seeds, with Student's interval."
+    folder = Path(__file__).parents[1] / "outputs" / "published" / "pocket" / "plateau"
+    runs = pd.read_csv(folder / "runs.csv").query("start == 'reference' and stage == 'constant'")
+    assert (runs.groupby(["beta", "method"]).seed.nunique() == 8).all()
+    means = runs.groupby(["seed", "method"]).objective.mean().unstack()
+    paired = pd.read_csv(folder / "paired.csv", dtype={"beta": str})
+    paired = paired.query("start == 'reference' and beta == 'all' and metric == 'objective'")
+    assert len(paired) == 5
+    for row in paired.itertuples():
+        each = means[row.first] - means[row.second]
+        half = 2.364624 * each.std() / 8**0.5
+        found = np.array([row.mean, row.low, row.high])
+        assert np.allclose(found, each.mean() + half * np.array([0, -1, 1]), atol=2e-4)
+        assert row.above == (each > 0).sum()

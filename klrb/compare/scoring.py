@@ -22,9 +22,9 @@ from ..selfcheck import known_scoring
 from ..steps import COMPILE_FROM, DIVERGENCES, step_divergence
 
 # %% auto #0
-__all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'common_width', 'own_end_tokens', 'end_tokens', 'Party', 'Comparison', 'Completions',
-           'resolve_divergence', 'check_integer', 'check_ids', 'memory_errors', 'Clock', 'Scores', 'pad_left', 'alike',
-           'score_completions']
+__all__ = ['ALIASES', 'LOGITS_AT_ONCE', 'PADDING', 'common_width', 'own_end_tokens', 'end_tokens', 'Party', 'Comparison',
+           'Completions', 'resolve_divergence', 'check_integer', 'check_ids', 'memory_errors', 'Clock', 'Scores',
+           'pad_left', 'alike', 'score_completions']
 
 # %% ../../nbs/compare/409_scoring.ipynb #1e8387e9
 def common_width(first: Side, second: Side) -> int:  # V
@@ -209,6 +209,7 @@ class Scores:
 
 
 LOGITS_AT_ONCE = 2**22  # ours: 16 MB of float32 per side
+PADDING = 0.75  # ours: share of the longest completion that those beside it have, at least
 
 
 def pad_left(
@@ -257,9 +258,10 @@ def _slices(comparison: Comparison, batch: Completions) -> list[list[int]]:
     for rows in alike(list(zip(*(_keys(o, batch) for o in comparison.parties)))):
         rows = sorted(rows, key=lambda row: -lengths[row])
         while rows:
-            size = max(1, LOGITS_AT_ONCE // (lengths[rows[0]] * comparison.width))
-            found.append(rows[:size])
-            rows = rows[size:]
+            longest = lengths[rows[0]]
+            size = max(1, LOGITS_AT_ONCE // (longest * comparison.width))
+            found.append([row for row in rows[:size] if lengths[row] > PADDING * longest])
+            rows = rows[len(found[-1]) :]
     return found
 
 

@@ -164,6 +164,10 @@ def _named_side(
     if adapter is None:
         plain = first.name == name and first.peft is None
         return first if plain else Side(name, first.model, first.tokenizer, first.peft)
+    if name.startswith("llama:"):
+        raise InputError(
+            f"`{role}` is {name!r}; llama.cpp runs the file as it is: merge the adapter into it."
+        )
     try:
         first.peft, intact = attach_adapter(first.model, adapter, role, first.peft)
     except InputError:

@@ -552,7 +552,7 @@ class StoredMeasurement:
     def _repr_html_(self):
         return f"<pre>{html.escape(repr(self))}</pre>"
 
-# %% ../../nbs/compare/418_stored_kl.ipynb #9ce6efa0
+# %% ../../nbs/compare/418_stored_kl.ipynb #f9aee335
 FAR = 4.0  # standard errors; ours: by chance once in 16,000 measurements
 
 
@@ -567,6 +567,18 @@ def standard_errors_from_zero(
         return math.nan
     found = cluster_interval(values, clusters=clusters)
     return found.mean / found.stderr if found.stderr > 0 else math.nan
+
+
+def _draw_notes(tokens: pd.DataFrame) -> list[str]:
+    "Whether the tokens look like draws of the policy."
+    surprise = -tokens.policy_logprob
+    if not abs(standard_errors_from_zero(surprise - tokens.entropy, tokens)) > FAR:
+        return []
+    return [
+        f"the stored tokens are no draws of the policy: their mean -log p is {surprise.mean():.3g} "
+        f"nats, and its entropy {tokens.entropy.mean():.3g}; so this is the mean KL at these "
+        "prefixes, and neither the KL of the sequences nor, for the tokens alone, any KL"
+    ]
 
 
 def stop_or_save(
@@ -785,7 +797,7 @@ def measure_hidden(
     about = _about(settings | dict(hidden=list(map(str, paths)), vocab_size=size), pairs, heads)
     return _measure_shards(pairs, heads, size, about, save, place, progress)
 
-# %% ../../nbs/compare/418_stored_kl.ipynb #abe0a1ef
+# %% ../../nbs/compare/418_stored_kl.ipynb #dd33bf69
 def _measure_shards(
     pairs: list, heads: list, size: int, about: dict, save, device, progress: bool | None
 ) -> StoredMeasurement:
@@ -817,15 +829,3 @@ def _measure_shards(
     seconds = clock | dict(total=monotonic() - began)
     found = StoredMeasurement(tokens, COLUMNS, label, about, status, seconds)
     return stop_or_save(saver, found)
-
-
-def _draw_notes(tokens: pd.DataFrame) -> list[str]:
-    "Whether the tokens look like draws of the policy."
-    surprise = -tokens.policy_logprob
-    if not abs(standard_errors_from_zero(surprise - tokens.entropy, tokens)) > FAR:
-        return []
-    return [
-        f"the stored tokens are no draws of the policy: their mean -log p is {surprise.mean():.3g} "
-        f"nats, and its entropy {tokens.entropy.mean():.3g}; so this is the mean KL at these "
-        "prefixes, and neither the KL of the sequences nor, for the tokens alone, any KL"
-    ]
