@@ -4,12 +4,14 @@ SHELL := bash
 .ONESHELL:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help test study smol gpu export readme reading figures clean venv
+.PHONY: help test study distill smol gpu export readme reading figures site test-site clean venv site-venv
 
 PYTHON ?= python3# only to create .venv
 PROFILE ?= pocket
 VENV := .venv
 PY := $(VENV)/bin/python
+SITE_VENV := .venv-site
+SITE_PY := $(SITE_VENV)/bin/python
 
 # Only the profile paper, and profiles from files, may read the Hugging Face Hub.
 export HF_HUB_OFFLINE ?= $(if $(filter paper %.toml,$(PROFILE)),0,1)
@@ -27,6 +29,7 @@ finish = echo "== done in $$((SECONDS - began)) s"
 help:
 	@cat <<'END'
 	make study    run the whole study; PROFILE=pocket by default, or smoke, smol, paper (GPU, downloads), mine.toml
+	make distill  six gradients of a distillation, a small version of the published study: 15 minutes on two cores
 	make smol     install the models of PROFILE=smol, 190 MB; make study PROFILE=smol does it too
 	make test     export and README in sync, notebooks at smoke size, pytest
 	make gpu      tests and speed of the kernels on a CUDA card, 6 minutes; needs torch and pytest only (no .venv)
@@ -34,8 +37,10 @@ help:
 	make readme   nbs/index.ipynb -> README.md
 	make reading  published tables -> outputs of nbs/experiments and their pictures
 	make figures  nbs/results -> outputs/published/figures, the README's pictures
-	make clean    remove caches, build files and smoke outputs (.venv and outputs/runs stay)
-	All but clean and gpu first build .venv against constraints.txt if it is missing or stale (PYTHON=python3.12 chooses
+	make site     the book on the web: build/site/html, from the notebooks as they are committed; nothing is run
+	make test-site  the built site in a headless Chromium (CHROMIUM=/usr/bin/chromium)
+	make clean    remove caches, build files and smoke outputs (.venv, .venv-site and outputs/runs stay)
+	All but clean, gpu and site first build .venv against constraints.txt if it is missing or stale (PYTHON=python3.12 chooses
 	the interpreter).
 	END
 
@@ -50,9 +55,10 @@ test: venv
 	$(PY) tests/check_sync.py readme --check
 	$(finish)
 	$(call start,3/4 nbdev_test: every notebook that stands alone)
-	# the chain prepare, variance, rloo, pareto is run by tests/test_experiments.py instead, in order
+	# the chain prepare, variance, rloo, pareto is run by tests/test_experiments.py instead, in order,
+	# and distill by tests/test_distill.py
 	OMP_NUM_THREADS=1 $(PY) $(VENV)/bin/nbdev_test --n_workers 2 --timing \
-	    --skip_file_re '^([_.]|(prepare|variance|steps|rloo|pareto)\.ipynb$$)'
+	    --skip_file_re '^([_.]|(prepare|variance|steps|rloo|pareto|distill)\.ipynb$$)'
 	$(finish)
 	$(call start,4/4 pytest (its last line gives the time))
 	$(PY) -m pytest
@@ -61,6 +67,16 @@ test: venv
 study: venv $(if $(filter smol,$(PROFILE)),smol)
 	@echo "running the study, profile $(PROFILE)"
 	$(VENV)/bin/klrb study --profile "$(PROFILE)"
+
+# One pair of nbs/results/705_distillation.ipynb, at the rates that the published study chose.
+distill: venv
+	@out=outputs/runs/distill
+	mkdir -p $$out
+	if [ ! -f $$out/prepare/result.json ]; then
+	    $(VENV)/bin/papermill nbs/experiments/prepare.ipynb $$out/prepare.ipynb --no-progress-bar \
+	        -p profile pocket -p out_dir "$$PWD/$$out/prepare"
+	fi
+	$(PY) tests/gpu_distill.py --small --device cpu --prepared $$out/prepare --out $$out/small
 
 # The two model files of the profile `smol`, without the dependencies that pip would install with them.
 smol: venv
@@ -90,10 +106,34 @@ reading: venv
 figures: venv
 	@$(PY) tests/reading.py figures
 
+site: site-venv
+	@$(call start,site: build/site/html)
+	$(SITE_PY) site build/site
+	du -sh build/site/html
+	$(finish)
+
+test-site: site
+	@$(call start,the site in a browser)
+	$(SITE_PY) -m pytest tests/browser_site.py
+	$(finish)
+
+# Sphinx lives apart from the library: it needs nothing of klrb's, and klrb nothing of it. 30 seconds.
+site-venv:
+	@"$(PYTHON)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: set PYTHON to Python 3.11 or newer")'
+	wanted=$$("$(PYTHON)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["site"], sep="\n")')
+	stamp="$$("$(PYTHON)" -V) $$(pwd) $$(echo "$$wanted" | cat - constraints.txt | cksum)"
+	if [ "$$(cat $(SITE_VENV)/.stamp 2>/dev/null)" = "$$stamp" ]; then exit 0; fi
+	echo "building $(SITE_VENV) against constraints.txt (half a minute) ..."
+	rm -rf $(SITE_VENV)
+	"$(PYTHON)" -m venv $(SITE_VENV)
+	echo "$$wanted" > $(SITE_VENV)/requirements.txt
+	$(SITE_PY) -m pip install --quiet -c constraints.txt -r $(SITE_VENV)/requirements.txt
+	echo "$$stamp" > $(SITE_VENV)/.stamp
+
 clean:
 	@echo "removing caches, build files and smoke outputs"
 	rm -rf build dist _proc *.egg-info .pytest_cache .hypothesis outputs/smoke
-	find . \( -path ./$(VENV) -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(SITE_VENV) -o -path ./.git \) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
 # The stamp is written last and holds everything .venv depends on, so that a changed pin or interpreter, a moved
 # clone and an interrupted build all rebuild it. A .venv without our mark is somebody's own: if its Python is the

@@ -15,62 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
-from .models import one_line
+from .models import readable
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 # %% auto #0
 __all__ = ['KINDS', 'NOT_CAUSAL', 'STARTS', 'check_kind', 'probe_ids', 'probe_logits', 'same_logits', 'Attached',
-           'attach_adapter', 'check_active', 'check_adapters', 'evaluating', 'split_name']
+           'attach_adapter', 'evaluating', 'check_active', 'check_adapters', 'split_name']
 
 # %% ../nbs/compare/405_adapters.ipynb #5673663a
 KINDS = frozenset(
-    (
-        "ADALORA",
-        "ADAMSS",
-        "BEFT",
-        "BOFT",
-        "C3A",
-        "DEFT",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GLORA",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "IA3",
-        "LN_TUNING",
-        "LOHA",
-        "LOKR",
-        "LORA",
-        "MISS",
-        "OFT",
-        "OSF",
-        "PEANUT",
-        "PSOFT",
-        "PVERA",
-        "RANDLORA",
-        "ROAD",
-        "SHIRA",
-        "SUPERTUNING",
-        "TINYLORA",
-        "TRAINABLE_TOKENS",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-    )
+    """
+    ADALORA ADAMSS BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3
+    LN_TUNING LOHA LOKR LORA MISS OFT OSF PEANUT PSOFT PVERA RANDLORA ROAD SHIRA SUPERTUNING
+    TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT
+""".split()
 )
-
-
 NOT_CAUSAL = dict(
     LILY="which weighs its experts by a mean over all positions, later ones too, so that a model "
     "with it gives no probabilities of a text",
 )
 
-
+# %% ../nbs/compare/405_adapters.ipynb #4779f8da
 def check_kind(
     config: PeftConfig,  # configuration of one adapter
 ) -> None:
@@ -130,7 +97,7 @@ def same_logits(
     allowed = 64 * torch.finfo(dtype).eps * theirs.abs().max()  # sums in another order
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= allowed)
 
-# %% ../nbs/compare/405_adapters.ipynb #6d7cca55
+
 def _checksum(tensor: Tensor) -> int:
     flat = tensor.detach().reshape(-1)
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
@@ -199,10 +166,9 @@ def _all_logits(model: nn.Module, peft: PeftModel | None, ids: Tensor) -> dict[s
 # %% ../nbs/compare/405_adapters.ipynb #8e38f036
 def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> PeftModel:
     from peft import PeftConfig, PeftModel
-    from safetensors import SafetensorError
 
     given = model.config.name_or_path or type(model).__name__
-    try:
+    with readable(f"`model` has the adapter {folder!r}, and loading it onto {given!r}"):
         config = PeftConfig.from_pretrained(folder)
         if config.peft_type is None:
             raise InputError(
@@ -217,22 +183,6 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> P
             else:
                 peft.load_adapter(folder, adapter_name=name)
             found = peft.load_adapter(folder, adapter_name=name)  # again, for the names it found
-    except InputError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        raise InputError(
-            f"`model` has the adapter {folder!r}, and loading it onto {given!r} failed: "
-            f"{one_line(error)}"
-        ) from error
     if lost := found.unexpected_keys:
         raise InputError(
             f"`model` has the adapter {folder!r}, {len(lost)} of whose weights belong to no "
@@ -248,7 +198,7 @@ def _load(model: nn.Module, folder: str, name: str, peft: PeftModel | None) -> P
     _warn_of_another_base(config, folder, given)
     return peft.eval()
 
-
+# %% ../nbs/compare/405_adapters.ipynb #15875481
 def _check_start(config: PeftConfig, folder: str) -> None:
     start = str(getattr(config, "init_lora_weights", True))
     if "_niter_" in start:
@@ -283,7 +233,18 @@ def _warn_of_another_base(config: PeftConfig, folder: str, given: str) -> None:
         )
 
 # %% ../nbs/compare/405_adapters.ipynb #4e38f2b7
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave the base as it is
+@contextmanager
+def evaluating(
+    model: nn.Module,  # any, with parts of it in training mode
+) -> Iterator[None]:
+    "Every part of a model in evaluation mode, for a time."
+    training = [o for o in model.modules() if o.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_active(
@@ -304,7 +265,26 @@ def check_active(
             "of its base; merge it first (`merge_and_unload`)."
         )
 
+# %% ../nbs/compare/405_adapters.ipynb #1649c1bd
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")  # leave the base as it is
 
+
+def _check_config(config: PeftConfig) -> None:
+    off = "with the adapter off the model is not the base. Give a reference model of its own."
+    if getattr(config, "bias", "none") not in ("none", None):
+        raise InputError(
+            f"the adapter sets `bias` to {config.bias!r}, which trains the base's own biases: {off}"
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if start not in STARTS:
+        raise InputError(
+            f"the adapter sets `init_lora_weights` to {start!r}, which takes its start out of "
+            f"the base's weights: {off}"
+        )
+    if getattr(config, "layer_replication", None):
+        raise InputError(f"the adapter sets `layer_replication`, which adds layers: {off}")
+
+# %% ../nbs/compare/405_adapters.ipynb #a5b4cfed
 def check_adapters(
     peft: PeftModel,  # a model with one adapter or more, before or after training
 ) -> None:
@@ -323,36 +303,6 @@ def check_adapters(
             )
     with evaluating(peft):
         _check_off_is_fixed(peft, peft.get_base_model())
-
-
-@contextmanager
-def evaluating(
-    model: nn.Module,  # any, with parts of it in training mode
-) -> Iterator[None]:
-    "Every part of a model in evaluation mode, for a time."
-    training = [o for o in model.modules() if o.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _check_config(config: PeftConfig) -> None:
-    off = "with the adapter off the model is not the base. Give a reference model of its own."
-    if getattr(config, "bias", "none") not in ("none", None):
-        raise InputError(
-            f"the adapter sets `bias` to {config.bias!r}, which trains the base's own biases: {off}"
-        )
-    start = getattr(config, "init_lora_weights", True)
-    if start not in STARTS:
-        raise InputError(
-            f"the adapter sets `init_lora_weights` to {start!r}, which takes its start out of "
-            f"the base's weights: {off}"
-        )
-    if getattr(config, "layer_replication", None):
-        raise InputError(f"the adapter sets `layer_replication`, which adds layers: {off}")
 
 
 def _check_off_is_fixed(peft: PeftModel, model: nn.Module) -> None:

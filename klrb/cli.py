@@ -344,11 +344,51 @@ def _rloo(
         for name in ("reward", "kl_rb", "kl_mc", "objective"):
             typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
 
+# %% ../nbs/sweeps/608_cli.ipynb #d15711a1
+@app.command("distill")
+def _distill(
+    prepare_dir: Path = typer.Option(
+        ..., help="Finished preparation: OUT/cache/prepare/NAME of a study."
+    ),
+    out: Path = typer.Option(..., help="Folder of the run; a killed run goes on in it."),
+    profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
+    gradient: str = typer.Option(
+        "rb", help="What is followed: rb, rb_topk, mc_to_go, mc, step, vopd or k1."
+    ),
+    teacher: str = typer.Option("dpo", help="dpo, reference, or a model's name."),
+    student: str = typer.Option("reference", help="The same; it is trained."),
+    learning_rate: float = typer.Option(None, help="At the start.", show_default="the profile's"),
+    seed: int = typer.Option(0, help="Seed of the sampling and of the order of prompts."),
+    updates: int = typer.Option(None, min=1, help="Optimiser steps.", show_default="the profile's"),
+    save_every: int = typer.Option(20, min=0, help="Updates between checkpoints; 0: none."),
+) -> None:
+    "Distil a teacher into a student and judge it; several devices as with `klrb rloo`."
+    with one_line_errors():
+        _quiet_loading()
+        import os
+        from klrb.rlhf.distilling import distill_run
+        from klrb.rlhf.profiles import check_downloads, get_profile
+
+        settings = get_profile(profile)
+        check_downloads(settings)
+        models = teacher, student, learning_rate
+        result = distill_run(
+            settings, prepare_dir, out, gradient, *models, seed, updates, save_every
+        )
+        if os.environ.get("RANK", "0") != "0":
+            return  # the first process speaks
+        for name in ("kl_rb", "kl_mc", "reward"):
+            typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
+
 # %% ../nbs/sweeps/608_cli.ipynb #714d0ec1
 @app.command("measure")
 def _measure(
-    policy: str = typer.Argument(help="Hub id, folder, GGUF file, BASE+ADAPTER or pocket."),
-    reference: str = typer.Argument(help="The same; must share the policy's tokenizer."),
+    policy: str = typer.Argument(
+        None, show_default=False, help="Hub id, folder, GGUF file, BASE+ADAPTER or pocket."
+    ),
+    reference: str = typer.Argument(
+        None, show_default=False, help="The same; must share the policy's tokenizer."
+    ),
     prompts: str = typer.Option(
         None,
         show_default="none, from the beginning of text",
@@ -356,6 +396,18 @@ def _measure(
     ),
     text: str = typer.Option(
         None, help="Compare next tokens on this text instead of sampling: file, Hub data set or -."
+    ),
+    hidden: list[str] = typer.Option(
+        None, help="Instead of models: stored hidden states, the policy's, then the reference's."
+    ),
+    head: list[str] = typer.Option(
+        None, help="With --hidden: their LM heads in that order, files or checkpoints."
+    ),
+    topk: tuple[str, str] = typer.Option(
+        None, help="Instead of models: stored top-k log-probabilities of policy and reference."
+    ),
+    vocab_size: int = typer.Option(
+        None, show_default="the heads'", help="With --hidden: tokens of padded heads."
     ),
     column: str = typer.Option(
         None, show_default="prompt or text", help="Field or column of prompts or text."
@@ -412,19 +464,30 @@ def _measured(given: dict):
     "The measurement that the options ask for."
     from inspect import signature
     from klrb.measure import measure_kl
+    from klrb.compare.stored import measure_hidden
     from klrb.compare.text import measure_text
+    from klrb.compare.topk import measure_topk
 
-    function, other = (
-        (measure_kl, measure_text) if given["text"] is None else (measure_text, measure_kl)
+    functions = dict(
+        hidden=measure_hidden, topk=measure_topk, text=measure_text, prompts=measure_kl
     )
-    allowed = signature(function).parameters
-    for name, parameter in signature(other).parameters.items():
-        if name in given and name not in allowed and given[name] not in (None, parameter.default):
-            how = "without" if given["text"] is None else "together with"
+    found = (o for o in ("hidden", "topk", "text") if given[o] not in (None, [], ()))
+    mode = next(found, "prompts")
+    allowed = signature(functions[mode]).parameters
+    for other, function in functions.items():
+        how = f"without `{other}`" if mode == "prompts" else f"together with `{mode}`"
+        for name, parameter in signature(function).parameters.items():
+            unset = given.get(name) in (None, [], (), parameter.default)
+            if not (unset or name in allowed):
+                raise InputError(
+                    f"`{name}` is {given[name]!r}, which means nothing {how}; leave it out."
+                )
+    for role in ("policy", "reference"):
+        if role in allowed and given[role] is None:
             raise InputError(
-                f"`{name}` is {given[name]!r}, which means nothing {how} `text`; leave it out."
+                f"`{role}` is missing; give two models, or stored numbers with --hidden or --topk."
             )
-    return function(**{name: value for name, value in given.items() if name in allowed})
+    return functions[mode](**{name: o for name, o in given.items() if name in allowed})
 
 
 def _quiet_loading() -> None:
@@ -464,6 +527,42 @@ def _show(measured, as_json: bool) -> None:
     ]
     if unreachable:
         raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
+
+# %% ../nbs/sweeps/608_cli.ipynb #d0c70002
+@app.command("doctor", context_settings=dict(ignore_unknown_options=True, allow_extra_args=True))
+def _doctor(
+    context: typer.Context,
+    config: str = typer.Argument(
+        help="YAML, JSON or shell script; or rloo, grpo, distillation, verl or openrlhf."
+    ),
+    trainer: str = typer.Option(
+        None, show_default="by its settings", help="Whose config it is: one of these names."
+    ),
+    tokenizer: str = typer.Option(
+        None, show_default="not looked at", help="Model whose padding and end tokens are looked at."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    "Say what a trainer's config makes of the KL; settings may follow: --beta 0.1, or name=value."
+    with one_line_errors():
+        from klrb.doctor import diagnose
+
+        pad_is_eos = None
+        if tokenizer is not None:
+            from klrb.models import load_tokenizer
+
+            _quiet_loading()
+            found = load_tokenizer(tokenizer)
+            pad_is_eos = found.pad_token_id == found.eos_token_id
+        diagnosis = diagnose(config, context.args, trainer, pad_is_eos)
+        if as_json:
+            import json
+
+            typer.echo(json.dumps(diagnosis.to_json()))
+        else:
+            typer.echo(repr(diagnosis))
+        if not (diagnosis.healthy or diagnosis.unbiased is None and not diagnosis.problems):
+            raise typer.Exit(1)
 
 # %% ../nbs/sweeps/608_cli.ipynb #dc8e1b54
 if __name__ == "__main__" and "__file__" in globals():

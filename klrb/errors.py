@@ -4,7 +4,10 @@
 
 # %% auto #0
 __all__ = ['UserError', 'InputError', 'InputTypeError', 'MissingFileError', 'MachineError', 'StateError', 'OutOfMemoryError',
-           'NotFiniteError']
+           'NotFiniteError', 'check_unicode']
+
+# %% ../nbs/ground/001_errors.ipynb #833b638c
+import re
 
 # %% ../nbs/ground/001_errors.ipynb #86be8a8d
 class UserError(Exception):
@@ -37,3 +40,13 @@ class OutOfMemoryError(UserError, MemoryError):
 
 class NotFiniteError(UserError, FloatingPointError):
     "A run that came to NaN or infinity."
+
+# %% ../nbs/ground/001_errors.ipynb #b210670c
+def check_unicode(text: str, where: str) -> str:
+    "The text. Raises `ValueError` for half of a surrogate pair, which no tokenizer can read."
+    if found := re.search("[\ud800-\udfff]", text):
+        raise InputError(
+            f"{where} holds half of a surrogate pair, U+{ord(found[0]):04X}, which is no "
+            "character; repair the text."
+        )
+    return text

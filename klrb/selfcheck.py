@@ -131,19 +131,6 @@ def _make_probe(model: PreTrainedModel, lengths: list[int], steps: int) -> _Prob
         (usable[len(usable) // 2], pad),
     )
 
-# %% ../nbs/compare/404_selfcheck.ipynb #b6969769
-@contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(o, o.training) for o in model.modules()]
-    devices = [model.device.index or 0] if model.device.type == "cuda" else []
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
 # %% ../nbs/compare/404_selfcheck.ipynb #9769071f
 def _deviation(found: Tensor, wanted: Tensor) -> Tensor:  # (L, V) each -> (L,), at least float32
     found, wanted = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (found, wanted))
@@ -168,6 +155,19 @@ def _worst(
     return max(
         (o for o in values if o == o), default=0.0
     )  # a model's own NaN has an error of its own, in sampling
+
+
+@contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(o, o.training) for o in model.modules()]
+    devices = [model.device.index or 0] if model.device.type == "cuda" else []
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 # %% ../nbs/compare/404_selfcheck.ipynb #b6e33ae8
 class _Forced(LogitsProcessor):
@@ -242,9 +242,28 @@ def _check_causal(model: PreTrainedModel, rows: list[list[int]], wanted: list[Te
         )
 
 
+def _check_decoder(model: PreTrainedModel) -> None:
+    made_as = set(model.config.architectures or []) - {type(causal_lm(model)).__name__}
+    if model.config.is_encoder_decoder or made_as & ENCODER_DECODERS:
+        raise InputError(
+            f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal "
+            "language model: its decoder alone, without the text that the encoder reads, is not "
+            "what was trained. Give a causal language model (a decoder)."
+        )
+
+# %% ../nbs/compare/404_selfcheck.ipynb #c7051340
 def _own_logits(model: PreTrainedModel, probe: _Probe) -> list[Tensor]:  # (L, V) each
+    "The oracle: each row alone, as token ids and nothing else."
     rows = [torch.tensor([o], device=model.device) for o in probe.rows()]
-    return [bare_logits(model, ids)[0] for ids in rows]
+    try:
+        return [bare_logits(model, ids)[0] for ids in rows]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"`model` is {_model_name(model)}, which cannot be run on token ids alone: "
+            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        ) from error
 
 
 def _try_way(model: PreTrainedModel, probe: _Probe, wanted: list[Tensor], bare: bool) -> float:
@@ -262,29 +281,15 @@ def _try_way(model: PreTrainedModel, probe: _Probe, wanted: list[Tensor], bare: 
         _worst(sampled, own, model.dtype),
     )
 
-
+# %% ../nbs/compare/404_selfcheck.ipynb #73b6100d
 def _run_check(model: PreTrainedModel) -> ScoringCheck:
-    made_as = set(model.config.architectures or []) - {type(causal_lm(model)).__name__}
-    if model.config.is_encoder_decoder or made_as & ENCODER_DECODERS:
-        raise InputError(
-            f"`model` is {_model_name(model)}, an encoder-decoder, which is not a causal "
-            "language model: its decoder alone, without the text that the encoder reads, is not "
-            "what was trained. Give a causal language model (a decoder)."
-        )
+    _check_decoder(model)
     switch, tolerance = rotary_switch(model.config), _tolerance(model.dtype)
     longest = min(o for o in (12, context_length(model.config), switch) if o)
     steps = min(3, max(1, longest - 1))
     top = longest - steps + 1
     probe = _make_probe(model, [top, (top + 1) // 2, 1], steps)
-    try:
-        wanted = _own_logits(model, probe)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"`model` is {_model_name(model)}, which cannot be run on token ids alone: "
-            f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        ) from error
+    wanted = _own_logits(model, probe)
     _check_causal(model, probe.rows(), wanted)
     deviation = _try_way(model, probe, wanted, bare=False)
     if deviation <= tolerance:

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS, PUBLISHED = ROOT / "nbs" / "experiments", ROOT / "outputs" / "published"
-NAMES = ("prepare", "variance", "steps", "rloo", "pareto")
+NAMES = ("prepare", "variance", "steps", "rloo", "pareto", "plateau")
 RUN = "rb-beta0.5-seed0"  # the run that rloo.ipynb shows: the notebook's own defaults
 
 

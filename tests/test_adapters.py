@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from klrb.adapters import KINDS, check_adapters, one_line, split_name
+from klrb.adapters import KINDS, check_adapters, split_name
 from klrb.errors import InputError
 from klrb.measure import measure_kl
+from klrb.models import one_line
 from klrb.compare.sides import load_pair
 
 peft = pytest.importorskip("peft")

@@ -9,9 +9,14 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import klrb.gradients as gradients
-from klrb.exact import TabularLM, exact_gradient_moments, exact_kl_gradient
+from klrb.exact import (
+    TabularLM,
+    enumerate_rollouts,
+    exact_gradient_moments,
+    exact_kl_gradient,
+)
 from klrb.gradients import GRADIENTS, kl_baseline, kl_surrogate
-from klrb.steps import k1, k2, k3, step_kl, step_kl_topk, topk_tail
+from klrb.steps import k1, k2, k3, step_divergence, step_kl, step_kl_topk, topk_tail
 from rounding import agree, assert_within, gamma, unbiased, unit
 
 fast = settings(max_examples=40, deadline=None, derandomize=True)
@@ -506,7 +511,7 @@ def test_nothing_flows_through_reference_or_baseline():
 
 def test_what_code_can_query():
     assert UNBIASED == ["mc", "mc_to_go", "rb", "rb_sequence", "rb_topk"]
-    assert BIASED == ["k1_loss", "k2_loss", "k3_loss", "step_loss", "k3_reward"]
+    assert BIASED == ["k1_loss", "k2_loss", "k3_loss", "step_loss", "vopd", "k3_reward"]
     assert all(name in kl_surrogate.__doc__ for name in BIASED)
     agree(
         exact_kl_gradient(*triple(2, 2)[:2]).sum(-1), torch.zeros(3).double()
@@ -567,6 +572,27 @@ MINUS_INF = torch.tensor([[0.0, 0, 0], [0, 0, -math.inf]])
         (ValueError, dict(baseline=f(2)), "`baseline` has shape"),
         (ValueError, dict(method="step_loss", baseline=f(2, 3)), "no score term"),
         (ValueError, dict(method="k3_reward", old_logprobs=f(2, 3)), "biased on-policy already"),
+        (ValueError, dict(method="vopd", old_logprobs=f(2, 3)), "biased on-policy already"),
+        (
+            ValueError,
+            dict(method="vopd", baseline=f(2, 3)),
+            "exact KL of each step as its baseline",
+        ),
+        (ValueError, dict(method="vopd", step_kl=None), "`step_kl` is None; method 'vopd'"),
+        (ValueError, dict(method="vopd", discount=0.5), "must be 1 for method 'vopd'"),
+        (ValueError, dict(method="mc", discount=0), "must be 1 for method 'mc', and below 1 only"),
+        (
+            ValueError,
+            dict(method="rb_sequence", discount=0.9),
+            "must be 1 for method 'rb_sequence'",
+        ),
+        (ValueError, dict(method="k2_loss", discount=0.0), "must be 1 for method 'k2_loss'"),
+        (ValueError, dict(discount=-0.1), "`discount` is -0.1; it must be a number from 0 to 1"),
+        (ValueError, dict(discount=1.1), "`discount` is 1.1; it must be a number from 0 to 1"),
+        (ValueError, dict(discount=math.nan), "`discount` is nan"),
+        (ValueError, dict(discount=None), "`discount` is None"),
+        (ValueError, dict(discount=True), "`discount` is True"),
+        (ValueError, dict(discount="1"), "`discount` is '1'"),
         (ValueError, dict(max_ratio=2.0), "`max_ratio` is 2.0"),
         (ValueError, dict(max_ratio=0.0, old_logprobs=f(2, 3)), "`max_ratio` is 0.0"),
         (ValueError, dict(prompt_ids=f(3).long()), "`prompt_ids` has shape"),
@@ -581,3 +607,155 @@ def test_bad_input(error, kwargs, message):
 def test_baseline_of_a_method_without_score():
     with pytest.raises(ValueError, match="no score term"):
         kl_baseline("k2_loss", f(2, 3), f(2, 3), f(2, 3) + 1)
+    with pytest.raises(ValueError, match="takes no other"):
+        kl_baseline("vopd", f(2, 3), f(2, 3), f(2, 3) + 1, f(2, 3))
+    with pytest.raises(ValueError, match="`discount` is 2"):
+        kl_baseline("rb", f(2, 3), f(2, 3), f(2, 3) + 1, f(2, 3), discount=2)
+
+
+def logprobs_of(x):
+    "Of the drawn tokens, under policy and reference."
+    every = (x[o].log_softmax(-1) for o in ("policy_logits", "ref_logits"))
+    return [o.gather(-1, x["ids"][..., None])[..., 0] for o in every]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_vopd_against_a_loop(seed):
+    x = batch(seed)
+    logp, logq = logprobs_of(x)
+    p = x["policy_logits"].softmax(-1)
+    total, value = 0.0, 0.0
+    for i, n in x["mask"].nonzero().tolist():
+        apart = x["policy_logits"][i, n].log_softmax(-1) - x["ref_logits"][i, n].log_softmax(-1)
+        exact = (p[i, n] * apart).sum().detach()
+        total = total + logp[i, n] * ((logp - logq)[i, n].detach() - exact)
+        value += exact / 6
+    agree(surrogate("vopd", x).item(), value.item())
+    by_hand = torch.autograd.grad(total / 6, x["policy_logits"], retain_graph=True)[0]
+    agree(gradient("vopd", x), by_hand)
+    agree(gradient("vopd", x, baseline=None), gradient("vopd", x, baseline="loo"))
+    step = torch.ones(6, 5, dtype=torch.float64, requires_grad=True)
+    kl_surrogate("vopd", logp, logq, x["mask"], step).backward()
+    assert step.grad is None  # the baseline is detached
+
+
+@pytest.mark.parametrize("vocab_size,max_length,seed", SMALL[::3])
+def test_distillation_gradients(vocab_size, max_length, seed):
+    """Which gradients of the KL(student || teacher) are right, and the common mean of those of
+    each token's own step."""
+    student, teacher, _ = triple(vocab_size, max_length, seed)
+    forms = {m: surrogate_of(m) for m in (*UNBIASED, "step_loss", "k2_loss", "vopd")}
+    forms |= {f"{m} 0": surrogate_of(m, discount=0.0) for m in ("mc_to_go", "rb", "rb_topk")}
+    forms["reward"] = lambda r: (  # the exact KL in the reward of its own step
+        (r.policy_logprobs * step_kl(r.policy_logits, r.ref_logits).detach() * r.mask).sum(-1)
+    ).mean()
+    found = {m: exact_gradient_moments(form, student, teacher) for m, form in forms.items()}
+    size = found["rb"].exact.norm().item()
+    for method in UNBIASED:
+        assert (found[method].mean - found[method].exact).norm() < 1e-10
+        assert unbiased(found[method])
+    for method in ("k2_loss", "vopd", "mc_to_go 0", "rb 0", "rb_topk 0"):
+        agree(found[method].mean, found["step_loss"].mean)
+        assert (found[method].mean - found[method].exact).norm() > 1e-3 * size
+    agree(found["reward"].mean, torch.zeros_like(student.table))
+    agree(found["rb 0"].variance, found["step_loss"].variance)
+    agree(found["mc_to_go 0"].variance, found["k2_loss"].variance)
+
+
+def discounted(student, teacher, discount):
+    "The mean gradient, from the score of each step's past times its exact KL, by autograd."
+    r = enumerate_rollouts(student, teacher)
+    exact = step_kl(r.policy_logits, r.ref_logits) * r.mask
+    logp = r.policy_logprobs * r.mask
+    total = 0.0
+    for n in range(r.mask.shape[1]):
+        past = sum(discount ** (n - m) * logp[:, m] for m in range(n))
+        total = total + (r.prob * (exact[:, n] + past * exact[:, n].detach())).sum()
+    return torch.autograd.grad(total, student.table)[0]
+
+
+@pytest.mark.parametrize("method", ["mc_to_go", "rb", "rb_topk"])
+@pytest.mark.parametrize("discount", [0.0, 0.3, 0.95, 1])
+def test_discount(method, discount):
+    "On and off policy, with and without baseline: one mean, which has no bias at 1."
+    student, teacher, old = triple(2, 3)
+    wanted = discounted(student, teacher, discount)
+    exact = exact_kl_gradient(student, teacher)
+    assert ((wanted - exact).norm() < 1e-3 * exact.norm()) == (discount == 1)
+    for off_policy, baseline, size in itertools.product((False, True), (None, "loo"), (1, 2)):
+        if (baseline is None) != (size == 1):
+            continue
+        form = surrogate_of(method, baseline, off_policy=off_policy, discount=discount)
+        m = exact_gradient_moments(form, student, teacher, size, old if off_policy else None)
+        agree(m.mean, wanted, terms=2**16, size=1 + m.variance**0.5)
+
+
+@pytest.mark.parametrize("method", ["mc_to_go", "rb", "rb_topk"])
+@pytest.mark.parametrize("discount", [0, 0.5, 1.0])
+def test_discounted_weights_against_loops(method, discount):
+    x = batch(2, B=7)
+    logp, logq = (o.detach() for o in logprobs_of(x))
+    tail = topk_tail(x["policy_logits"].topk(2).indices, x["ids"])
+    whole = step_kl(x["policy_logits"], x["ref_logits"])
+    top = step_kl_topk(x["policy_logits"], x["ref_logits"], x["ids"], 2)
+    step = (top if method == "rb_topk" else whole).detach()
+    weights = torch.zeros_like(logp)
+    for i, m in itertools.product(range(7), range(5)):
+        for n in range(m, 5):
+            later = step[i, n] if n > m else tail[i, n] * (logp - logq)[i, n] * (method != "rb")
+            part = (logp - logq)[i, n] if method == "mc_to_go" else later
+            weights[i, m] += (discount ** (n - m) if n > m else 1) * part * x["mask"][i, n]
+    baseline = (weights.sum(0) - weights) / 6
+    args = method, logp, logq, x["mask"], step, None, tail
+    agree(kl_baseline(*args, discount=discount), baseline)
+    by_loo = gradient(method, x, discount=discount)
+    agree(gradient(method, x, discount=discount, baseline=baseline), by_loo)
+
+
+def test_discounts_at_the_ends():
+    "Sample by sample: without a discount nothing changes, and at 0 only the own step is left."
+    x = batch(3)
+    for method in ("mc_to_go", "rb", "rb_topk"):
+        assert (gradient(method, x, discount=1) == gradient(method, x)).all()
+        agree(surrogate(method, x, discount=0.5).item(), surrogate(method, x).item())
+    agree(gradient("mc_to_go", x, discount=0, baseline=None), gradient("k2_loss", x))
+    agree(gradient("rb", x, discount=0), gradient("step_loss", x))
+
+
+def weighted(r):
+    "Forward and reverse KL of each step, by the teacher's entropy."
+    logq = r.ref_logits.log_softmax(-1)
+    weight = -(logq.exp() * logq).sum(-1) / math.log(r.ref_logits.shape[-1])
+    forward, reverse = (
+        step_kl(r.ref_logits, r.policy_logits),
+        step_kl(r.policy_logits, r.ref_logits),
+    )
+    return weight * forward + (1 - weight) * reverse
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jensen_shannon", "chi_square", weighted])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_the_score_of_any_divergence_of_the_steps(divergence, off_policy):
+    "`rb` follows the expected sum of whatever is passed as `step_kl`; the step loss does not."
+    student, teacher, old = triple(2, 3)
+
+    def steps(r):
+        if callable(divergence):
+            return divergence(r)
+        return step_divergence(divergence, r.policy_logits, r.ref_logits)
+
+    def form(r, method):
+        old_logprobs = r.old_logprobs if off_policy else None
+        args = method, r.policy_logprobs, r.ref_logprobs, r.mask, steps(r), old_logprobs
+        return kl_surrogate(*args, prompt_ids=r.prompt_ids)
+
+    r = enumerate_rollouts(student, teacher)
+    probability = (r.policy_logprobs * r.mask).sum(-1).exp()
+    total = (probability * (steps(r) * r.mask).sum(-1)).sum()
+    wanted = torch.autograd.grad(total, student.table)[0]
+    sampler = old if off_policy else None
+    m = exact_gradient_moments(lambda r: form(r, "rb"), student, teacher, 2, sampler)
+    agree(m.mean, wanted, terms=2**16, size=1 + m.variance**0.5)
+    if not off_policy:
+        m = exact_gradient_moments(lambda r: form(r, "step_loss"), student, teacher)
+        assert (m.mean - wanted).norm() > 0.1 * wanted.norm()

@@ -5,6 +5,10 @@ import inspect
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,13 +21,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import klrb
+import klrb.compare.rollouts
 import klrb.compare.scoring
 import klrb.models
 from klrb.cli import app
 from klrb.exact import TabularLM, enumerate_rollouts, exact_kl
 from klrb.measure import Settings, measure_kl
-from klrb.compare.scoring import Comparison, Party, PromptOrder, RolloutSampler, RolloutTable
-from klrb.compare.results import estimates, figures, prompt_means
+from klrb.compare.rollouts import PromptOrder, RolloutSampler, RolloutTable
+from klrb.compare.scoring import Comparison, Party
+from klrb.compare.figures import figures
+from klrb.compare.results import estimates, prompt_means
 from klrb.intervals import cluster_interval
 from klrb.compare.stopping import Tolerance, next_size, parse_tolerance, sample_until
 from klrb.compare.sides import load_pair
@@ -217,13 +225,13 @@ def test_a_run_repeats_with_its_seed_and_not_with_another():
 
 def test_memory_is_bounded_by_batch_tokens(monkeypatch):
     sizes = []
-    inner = klrb.compare.scoring.sample_completions
+    inner = klrb.compare.rollouts.sample_completions
 
     def watched(model, ids, *args):
         sizes.append(ids.shape)
         return inner(model, ids, *args)
 
-    monkeypatch.setattr(klrb.compare.scoring, "sample_completions", watched)
+    monkeypatch.setattr(klrb.compare.rollouts, "sample_completions", watched)
     measure(prompts=["a b c", "d"], samples=10, batch_tokens=20)
     assert (
         len(sizes) == 7 and max(rows * (width + 3) for rows, width in sizes) <= 20
@@ -493,14 +501,14 @@ def test_one_document_has_no_interval():
 
 def interrupt(monkeypatch, batch):
     "Press Ctrl-C in batch number `batch`."
-    inner, calls = klrb.compare.scoring._one_batch, itertools.count()
+    inner, calls = klrb.compare.rollouts._one_batch, itertools.count()
 
     def interrupted(*args):
         if next(calls) == batch:
             raise KeyboardInterrupt
         return inner(*args)
 
-    monkeypatch.setattr(klrb.compare.scoring, "_one_batch", interrupted)
+    monkeypatch.setattr(klrb.compare.rollouts, "_one_batch", interrupted)
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
@@ -524,14 +532,14 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path, monkeypatch):
 
 
 def test_a_killed_run_leaves_a_readable_part(tmp_path, monkeypatch):
-    inner, calls = klrb.compare.scoring._one_batch, itertools.count()
+    inner, calls = klrb.compare.rollouts._one_batch, itertools.count()
 
     def killed(*args):
         if next(calls) == 3:
             raise SystemExit  # as if by a signal: nothing of ours runs after it
         return inner(*args)
 
-    monkeypatch.setattr(klrb.compare.scoring, "_one_batch", killed)
+    monkeypatch.setattr(klrb.compare.rollouts, "_one_batch", killed)
     monkeypatch.setattr("klrb.compare.results.FLUSH_SECONDS", 0.0)
     with pytest.raises(SystemExit):
         measure(prompts=["a", "b"], samples=50, batch_tokens=50, save=tmp_path / "out")
@@ -580,7 +588,53 @@ def test_saved_files_have_all_that_repeats_a_run(tmp_path):
     }
 
 
+def test_little_of_what_the_models_read_of_a_text_is_padding(monkeypatch):
+    "Windows of unequal lengths are scored with their like, and come back in order"
+    inner, read = klrb.compare.scoring.completion_logits, []
+
+    def counted(model, prompt_ids, prompt_mask, completion_ids, *others):
+        read.append(len(prompt_ids) * (prompt_ids.shape[1] + completion_ids.shape[1] - 1))
+        return inner(model, prompt_ids, prompt_mask, completion_ids, *others)
+
+    monkeypatch.setattr(klrb.compare.scoring, "completion_logits", counted)
+    gen = torch.Generator().manual_seed(0)
+    lengths = [60, 6, 33] * 12
+    documents = [torch.randint(2, 4096, (n,), generator=gen).tolist() for n in lengths]
+    sides = [klrb.models.load_model("tiny-random", seed=o) for o in (1, 0)]
+    settings = dict(tokenizer=klrb.models.load_tokenizer("pocket"), window=60)
+    found = measure_text(*sides, documents, **settings).tokens
+    assert sum(read) <= 1.3 * 2 * sum(lengths)
+    assert found.token_id.tolist() == [o for ids in documents for o in ids]
+    for number in (0, 1, 35):
+        row = torch.tensor([[0, *documents[number]]])
+        p, q = (o(row).logits[0, :-1].double().detach() for o in sides)
+        ours = found.step[found.document == number].to_numpy()
+        np.testing.assert_allclose(ours, step_kl(p, q).numpy(), rtol=1e-4, atol=1e-6)
+
+
 # The command line
+
+
+UNUSED = """
+    matplotlib seaborn scipy.stats sklearn statsmodels datasets peft gguf trl papermill dask IPython
+    klrb.compare.figures klrb.rlhf.training klrb.sweeps
+""".split()  # torch._dynamo and scipy.optimize are loaded by transformers' own models
+
+
+def test_the_command_imports_nothing_that_it_does_not_use(tmp_path):
+    "In a fresh process: start-up is most of a small measurement's time"
+    (tmp_path / "prompts.txt").write_text("The film\nI saw")
+    asked = "measure pocket pocket --prompts prompts.txt --samples 1 --max-new-tokens 2".split()
+    code = (
+        f"import sys; from klrb.cli import app; app({asked}, standalone_mode=False); "
+        f"print(*['unused', *(o for o in {UNUSED} if o in sys.modules)])"
+    )
+    env = os.environ | dict(PYTHONPATH=str(Path(klrb.__file__).parents[1]))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "unused"
 
 
 @pytest.fixture(scope="module")
@@ -751,7 +805,7 @@ def test_out_of_memory_suggests_the_option(folder, monkeypatch, error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(klrb.compare.scoring, "sample_completions", fail)
+    monkeypatch.setattr(klrb.compare.rollouts, "sample_completions", fail)
     check_error(invoke(folder, monkeypatch, *GOOD), "`batch_tokens` = 4,096; give a smaller one")
 
 

@@ -28,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import klrb.measure
+import klrb.compare.figures
 import klrb.compare.results
 from klrb.cli import app
 from klrb.errors import UserError
@@ -730,7 +731,8 @@ def test_a_figure_that_fails_takes_nothing_with_it(broken, monkeypatch, tmp_path
     def fail(*args):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(klrb.compare.results, broken, fail)
+    home = klrb.compare.results if broken == "_write_heatmap" else klrb.compare.figures
+    monkeypatch.setattr(home, broken, fail)
     with pytest.warns(UserWarning, match="no font"):
         found = small(save=tmp_path / "out")
     read = json.loads((tmp_path / "out" / "measurement.json").read_text())
@@ -870,7 +872,7 @@ def test_models_are_given_back_as_they_were(function, ending, monkeypatch):
         return inner(*args, **kwargs)
 
     module, name = (
-        ("klrb.compare.scoring", "_one_batch")
+        ("klrb.compare.rollouts", "_one_batch")
         if function is measure_kl
         else ("klrb.compare.text", "score_completions")
     )

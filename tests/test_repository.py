@@ -45,8 +45,9 @@ PARTS = (
     "rlhf",
     "sweeps",
     "results",
+    "exercises",
 )  # in the reader's order
-SILENT = ("theory", "judge", "results")  # parts whose chapters may export nothing
+SILENT = ("theory", "judge", "results", "exercises")  # parts whose chapters may export nothing
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -350,7 +351,10 @@ def test_the_contract_finds_an_import_that_runs_up(tmp_path):
     assert re.search(upwards, done.stdout), done.stdout
 
 
-LIBRARY = ("exact", "steps", "estimators", "gradients", "fused", "update", "errors", "style")
+LIBRARY = (
+    *("exact", "steps", "estimators", "gradients", "fused", "update"),
+    *("errors", "style", "libraries", "exercises"),
+)
 
 
 def test_library_imports_without_the_study_stack():

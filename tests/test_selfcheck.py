@@ -110,7 +110,7 @@ def test_a_folder_of_a_masked_model_or_an_encoder_decoder_is_refused_before_a_to
     )
     whole.save_pretrained(tmp_path / "bart")
     monkeypatch.setattr(
-        "klrb.compare.scoring.sample_completions", lambda *o: pytest.fail("a token was sampled")
+        "klrb.compare.rollouts.sample_completions", lambda *o: pytest.fail("a token was sampled")
     )
     for name, why in (
         ("bert", "not a causal language model"),

@@ -218,9 +218,9 @@ def test_settings_changed_later_are_refused_too(tmp_path):
 
 
 def test_a_field_that_a_later_trl_brings_is_refused_when_it_is_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("klrb.rloo._FREE", FREE - {"epsilon"})
+    monkeypatch.setattr("klrb.rloo.FREE", FREE - {"epsilon"})
     RBRLOOConfig(str(tmp_path), bf16=False, use_cpu=True)
-    with pytest.raises(InputError, match="`epsilon` is 0.3; RBRLOOTrainer does not know"):
+    with pytest.raises(InputError, match="`epsilon` is 0.3; klrb does not know"):
         RBRLOOConfig(str(tmp_path), epsilon=0.3, bf16=False, use_cpu=True)
 
 
@@ -534,5 +534,5 @@ def test_what_the_trainer_does_not_know_is_refused(tmp_path):
     ]:
         with pytest.raises(error, match=message):
             RBRLOOTrainer(*given)
-    with pytest.raises(InputTypeError, match="does not know `rollout_func`"):
+    with pytest.raises(InputTypeError, match="do not know `rollout_func`"):
         RBRLOOTrainer(model, copy.deepcopy(model), len, args, rows, tokenizer, rollout_func=len)

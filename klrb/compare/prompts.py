@@ -11,29 +11,22 @@ import gzip
 import io
 import json
 import lzma
-import math
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, InputTypeError, MissingFileError
-from ..models import DTYPES, pick_device
 
 # %% auto #0
-__all__ = ['ROLES', 'split_lines', 'check_unicode', 'check_row', 'read_rows', 'read_prompts', 'prompt_text', 'closing_tokens',
-           'encode_prompts', 'check_chat', 'prompt_notes', 'resolve_end_tokens', 'end_notes', 'check_arguments',
-           'check_unused_tokenizer', 'as_found', 'quiet_loading']
+__all__ = ['split_lines', 'read_rows', 'quiet_loading', 'ROLES', 'check_row', 'read_prompts', 'prompt_text', 'closing_tokens', 'encode_prompts', 'check_chat', 'prompt_notes', 'resolve_end_tokens', 'check_unused_tokenizer', 'end_notes']
 
-# %% ../../nbs/compare/407_prompts.ipynb #23f934fb
+# %% ../../nbs/compare/407_prompts.ipynb #20cb17fb
 _SUFFIXES = (".gz", ".gzip", ".bz2", ".xz", ".lzma", ".zst", ".lz4")
 _TABLES = (".csv", ".tsv", ".tab")
 _KNOWN = (".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".feather", *_TABLES)
@@ -69,7 +62,7 @@ _PACKED = {
     b"\x04\x22\x4d\x18": _arrow_unpacked("lz4"),
 }
 
-
+# %% ../../nbs/compare/407_prompts.ipynb #6b7a51a6
 def _unpacked(data: bytes, given: str) -> bytes:
     "The content of a file that may be compressed."
     while unpack := next((o for magic, o in _PACKED.items() if data.startswith(magic)), None):
@@ -105,7 +98,7 @@ def _decode(data: bytes, given: str) -> str:
         raise InputError(f"{given}, which holds NUL characters and is no text; convert it first.")
     return text
 
-# %% ../../nbs/compare/407_prompts.ipynb #1a756cac
+# %% ../../nbs/compare/407_prompts.ipynb #170975c2
 def split_lines(
     text: str,  # a whole file
 ) -> list[str]:  # lines with something on them
@@ -129,7 +122,7 @@ def _json(text: str, where: str) -> Any:
         told = getattr(error, "msg", None) or _first_line(error)
         raise InputError(f"{where} is not JSON: {told}.") from None
 
-
+# %% ../../nbs/compare/407_prompts.ipynb #bd3bc60c
 def _json_lines(text: str, given: str) -> list:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -160,7 +153,7 @@ def _json_file(text: str, given: str) -> list:
 def _is_conversation(row: Any) -> bool:
     return isinstance(row, (list, tuple)) and bool(row) and all(isinstance(o, Mapping) for o in row)
 
-# %% ../../nbs/compare/407_prompts.ipynb #97f0d55e
+# %% ../../nbs/compare/407_prompts.ipynb #8e195d6d
 def _pick_column(columns: list, column: str | None, given: str) -> str:
     if column is None:
         column = next((o for o in ("prompt", "text") if o in columns), None)
@@ -190,6 +183,14 @@ def _parse_table(text: str, delimiter: str, quoting: int) -> list[list[str]]:
         csv.field_size_limit(limit)
 
 
+def _tab_separated(text: str) -> list[list[str]]:
+    "Quotes are quotes where the whole file keeps their rules; otherwise they belong to the text."
+    try:
+        return _parse_table(text, "\t", csv.QUOTE_MINIMAL)
+    except csv.Error:
+        return [line.split("\t") for line in split_lines(text)]
+
+# %% ../../nbs/compare/407_prompts.ipynb #d55db02a
 def _separated(text: str, tabs: bool, column: str | None, given: str) -> list[str]:
     "One column of a CSV or TSV file, as written."
     wanted = {column} if column is not None else {"prompt", "text"}
@@ -214,28 +215,7 @@ def _separated(text: str, tabs: bool, column: str | None, given: str) -> list[st
             )
     return [row[at] for row in rows[1:]]
 
-
-def _tab_separated(text: str) -> list[list[str]]:
-    "Quotes are quotes where the whole file keeps their rules; otherwise they belong to the text."
-    try:
-        return _parse_table(text, "\t", csv.QUOTE_MINIMAL)
-    except csv.Error:
-        return [line.split("\t") for line in split_lines(text)]
-
-
-def _arrow_column(data: bytes, parquet: bool, column: str | None, given: str) -> list:
-    import pyarrow
-    import pyarrow.feather
-    import pyarrow.parquet
-
-    read = pyarrow.parquet.read_table if parquet else pyarrow.feather.read_table
-    try:
-        table = read(pyarrow.BufferReader(data))
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
-        raise InputError(f"{given}, which cannot be read: {_first_line(error)}") from None
-    return table.column(_pick_column(table.column_names, column, given)).to_pylist()
-
-# %% ../../nbs/compare/407_prompts.ipynb #0220a27a
+# %% ../../nbs/compare/407_prompts.ipynb #295432a2
 def _given_rows(source: Any, column: str | None, what: str) -> list:
     "Rows of a table or a list in memory."
     given = f"`{what}` is a {type(source).__name__}"
@@ -266,7 +246,7 @@ def _mapping_rows(source: Mapping, column: str | None, given: str) -> list:
         )
     return _list_rows(source[column], None, given)
 
-
+# %% ../../nbs/compare/407_prompts.ipynb #b9ba50ef
 def _list_rows(source: Any, column: str | None, given: str) -> list:
     for name in ("tolist", "to_list", "to_pylist"):
         if hasattr(source, name):
@@ -302,7 +282,7 @@ def _object_rows(rows: list, column: str | None, given: str) -> list:
             )
     return [row[chosen] for row in rows]
 
-
+# %% ../../nbs/compare/407_prompts.ipynb #0b12a40a
 def _one_conversation(rows: list, given: str) -> list:
     roles = {o.get("role") for o in rows if isinstance(o, Mapping)}
     if len(rows) > 1 and len(roles) == 1:
@@ -312,90 +292,7 @@ def _one_conversation(rows: list, given: str) -> list:
         )
     return rows
 
-# %% ../../nbs/compare/407_prompts.ipynb #5b8e5ad7
-ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
-_TEXT_PARTS = ("text", "input_text", "output_text")
 
-
-def check_unicode(text: str, where: str) -> str:
-    "The text. Raises `ValueError` for half of a surrogate pair, which no tokenizer can read."
-    if found := re.search("[\ud800-\udfff]", text):
-        raise InputError(
-            f"{where} holds half of a surrogate pair, U+{ord(found[0]):04X}, which is no "
-            "character; repair the text."
-        )
-    return text
-
-
-def _content(content: Any, where: str) -> str:
-    if content is None:
-        raise InputError(f"{where} has no content; a text is wanted, also beside tool calls.")
-    if isinstance(content, str):
-        return check_unicode(content, where)
-    if not isinstance(content, (list, tuple)):
-        raise InputError(
-            f"{where} has a {type(content).__name__} as its content; a text is wanted."
-        )
-    texts = []
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        text = part.get("text") if isinstance(part, Mapping) else part
-        if kind not in _TEXT_PARTS or not isinstance(text, str):
-            raise InputError(
-                f"{where} has a part of type {kind!r} that is no text; only text can be measured."
-            )
-        texts.append(check_unicode(text, where))
-    return "".join(texts)
-
-
-def _message(message: Any, where: str) -> dict:
-    "One message with its content as one text."
-    if not isinstance(message, Mapping):
-        raise InputError(
-            f"{where} is a {type(message).__name__}; a chat message with role and content "
-            "is wanted."
-        )
-    if message.get("role") is None:
-        raise InputError(
-            f"{where} has no role; it has {', '.join(map(str, message)) or 'nothing'}."
-        )
-    if message["role"] not in ROLES:
-        raise InputError(
-            f"{where} has the role {message['role']!r}; it must be one of {', '.join(ROLES)}."
-        )
-    kept = {
-        key: value for key, value in message.items() if value is not None
-    }  # Parquet fills up with None
-    return kept | dict(content=_content(message.get("content"), where))
-
-
-def _missing(row: Any) -> bool:
-    return row is None or type(row).__name__ in ("NAType", "NaTType") or row != row
-
-
-def check_row(
-    row: Any,  # one row as it was given
-    where: str,  # its place for the message, such as "prompt 3"
-    wanted: str,  # what it should be, for the message
-) -> Any:  # the same; a text is a plain `str`
-    "Raise `ValueError` for a row that is missing, a blank text, or no text and no list."
-    if not hasattr(row, "__len__") and _missing(row):
-        raise InputError(f"{where} is missing ({row}); fill it, or leave it out.")
-    if isinstance(row, str):
-        if not row.strip():
-            raise InputError(f"{where} is blank ({row!r}); fill it, or leave it out.")
-        return str(check_unicode(row, where))
-    row = row.tolist() if hasattr(row, "tolist") else row
-    if not isinstance(row, (list, tuple)):
-        raise InputError(
-            f"{where} is {str(row)[:60]!r}, a {type(row).__name__}; each must be a text, "
-            f"or {wanted}."
-        )
-    if not row:
-        raise InputError(f"{where} is an empty list; fill it, or leave it out.")
-    return list(row)
-
-# %% ../../nbs/compare/407_prompts.ipynb #a199c714
 def read_rows(
     source: Any,  # what `read_prompts` takes
     column: str | None,  # field or column; None: "prompt" or "text", whichever is there
@@ -415,7 +312,7 @@ def read_rows(
         raise InputError(f"`{what}` is empty: {str(source)[:80]!r} has no line with text.")
     return rows
 
-
+# %% ../../nbs/compare/407_prompts.ipynb #46369b13
 def _named_rows(source: str, column: str | None, what: str, split: Callable) -> list:
     given = f"`{what}` is {source[:200]!r}"
     if source == "-":
@@ -446,6 +343,19 @@ def _read(source: str, given: str) -> bytes | None:
         raise InputError(f"{given}, which cannot be read: {why}.") from None
     raise InputError(f"{given}, a folder; give a .txt, .jsonl, .csv or .parquet file.")
 
+# %% ../../nbs/compare/407_prompts.ipynb #cc399860
+def _arrow_column(data: bytes, parquet: bool, column: str | None, given: str) -> list:
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    read = pyarrow.parquet.read_table if parquet else pyarrow.feather.read_table
+    try:
+        table = read(pyarrow.BufferReader(data))
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        raise InputError(f"{given}, which cannot be read: {_first_line(error)}") from None
+    return table.column(_pick_column(table.column_names, column, given)).to_pylist()
+
 
 def _parse(data: bytes, name: str, column: str | None, given: str, split: Callable) -> list:
     "Rows of a file by its content, then by its name."
@@ -464,6 +374,22 @@ def _parse(data: bytes, name: str, column: str | None, given: str, split: Callab
         return _object_rows(_json_file(text, given), column, given)
     return _object_rows(split(text), column, given)
 
+# %% ../../nbs/compare/407_prompts.ipynb #62d5585b
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    "No progress bars of the libraries below: every kind of theirs is made by this one class."
+    bar = tqdm.std.tqdm
+    made = bar.__init__
+
+    def hidden(self, *args, **kwargs):
+        made(self, *args, **kwargs | dict(disable=True))
+
+    bar.__init__ = hidden
+    try:
+        yield
+    finally:
+        bar.__init__ = made
+
 
 def _read_hub(source: str, column: str | None, given: str) -> list:
     from datasets import load_dataset
@@ -477,7 +403,88 @@ def _read_hub(source: str, column: str | None, given: str) -> list:
         ) from None
     return list(rows[_pick_column(rows.column_names, column, given)])
 
-# %% ../../nbs/compare/407_prompts.ipynb #17894602
+# %% ../../nbs/compare/408_tokens.ipynb #245581a4
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InputError, check_unicode
+
+# %% ../../nbs/compare/408_tokens.ipynb #48f6b1a1
+ROLES = ("system", "developer", "user", "assistant", "model", "tool", "function", "ipython")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+
+
+def _content(content: Any, where: str) -> str:
+    if content is None:
+        raise InputError(f"{where} has no content; a text is wanted, also beside tool calls.")
+    if isinstance(content, str):
+        return check_unicode(content, where)
+    if not isinstance(content, (list, tuple)):
+        raise InputError(
+            f"{where} has a {type(content).__name__} as its content; a text is wanted."
+        )
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if kind not in _TEXT_PARTS or not isinstance(text, str):
+            raise InputError(
+                f"{where} has a part of type {kind!r} that is no text; only text can be measured."
+            )
+        texts.append(check_unicode(text, where))
+    return "".join(texts)
+
+# %% ../../nbs/compare/408_tokens.ipynb #239eeed8
+def _message(message: Any, where: str) -> dict:
+    "One message with its content as one text."
+    if not isinstance(message, Mapping):
+        raise InputError(
+            f"{where} is a {type(message).__name__}; a chat message with role and content "
+            "is wanted."
+        )
+    if message.get("role") is None:
+        raise InputError(
+            f"{where} has no role; it has {', '.join(map(str, message)) or 'nothing'}."
+        )
+    if message["role"] not in ROLES:
+        raise InputError(
+            f"{where} has the role {message['role']!r}; it must be one of {', '.join(ROLES)}."
+        )
+    kept = {
+        key: value for key, value in message.items() if value is not None
+    }  # Parquet fills up with None
+    return kept | dict(content=_content(message.get("content"), where))
+
+# %% ../../nbs/compare/408_tokens.ipynb #fd3b0975
+def _missing(row: Any) -> bool:
+    return row is None or type(row).__name__ in ("NAType", "NaTType") or row != row
+
+
+def check_row(
+    row: Any,  # one row as it was given
+    where: str,  # its place for the message, such as "prompt 3"
+    wanted: str,  # what it should be, for the message
+) -> Any:  # the same; a text is a plain `str`
+    "Raise `ValueError` for a row that is missing, a blank text, or no text and no list."
+    if not hasattr(row, "__len__") and _missing(row):
+        raise InputError(f"{where} is missing ({row}); fill it, or leave it out.")
+    if isinstance(row, str):
+        if not row.strip():
+            raise InputError(f"{where} is blank ({row!r}); fill it, or leave it out.")
+        return str(check_unicode(row, where))
+    row = row.tolist() if hasattr(row, "tolist") else row
+    if not isinstance(row, (list, tuple)):
+        raise InputError(
+            f"{where} is {str(row)[:60]!r}, a {type(row).__name__}; each must be a text, "
+            f"or {wanted}."
+        )
+    if not row:
+        raise InputError(f"{where} is an empty list; fill it, or leave it out.")
+    return list(row)
+
+# %% ../../nbs/compare/408_tokens.ipynb #630cc1c3
 def read_prompts(
     source: Any,  # file, Hub data set, "-" for standard input, table, or list; None: no prompts
     column: str | None = None,  # field or column; None: "prompt" or "text", whichever is there
@@ -503,7 +510,7 @@ def prompt_text(
         return prompt[-1]["content"]
     return prompt or ""
 
-# %% ../../nbs/compare/407_prompts.ipynb #70fcec6e
+# %% ../../nbs/compare/408_tokens.ipynb #df47759a
 def closing_tokens(
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of one side
     texts: list[str],  # that may be asked about, the first that tells is taken
@@ -521,7 +528,7 @@ def closing_tokens(
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     return full[-1:] if full[-1] in closing else []
 
-
+# %% ../../nbs/compare/408_tokens.ipynb #ac25da39
 def encode_prompts(
     prompts: list,  # what `read_prompts` gives
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of one side
@@ -561,7 +568,7 @@ def check_chat(prompts: list, chat: bool) -> None:
             "`prompts` holds lists of chat messages; set `chat` to use the tokenizer's template."
         )
 
-
+# %% ../../nbs/compare/408_tokens.ipynb #39d6d2bb
 def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase, closing: list[int]) -> list[int]:
     ids = list(tokenizer(text).input_ids)
     if closing and ids[-len(closing) :] == closing:
@@ -600,7 +607,7 @@ def _encode_chat(
         )
     return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them
 
-# %% ../../nbs/compare/407_prompts.ipynb #72a0b04d
+# %% ../../nbs/compare/408_tokens.ipynb #8e71cab3
 def prompt_notes(
     prompts: list,  # what `read_prompts` gives
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # policy's and reference's
@@ -628,7 +635,7 @@ def prompt_notes(
         notes += _differences(encoded, tokenizers, chat)
     return notes
 
-
+# %% ../../nbs/compare/408_tokens.ipynb #cf8cf569
 def _names(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join(repr(o) for o in tokenizer.convert_ids_to_tokens(ids))
 
@@ -663,7 +670,7 @@ def _differences(encoded: list, tokenizers: tuple, chat: bool) -> list[str]:
         f"{differing[0] + 1} {where} with {shown[0]} and with {shown[1]})"
     ]
 
-# %% ../../nbs/compare/407_prompts.ipynb #cc02d759
+# %% ../../nbs/compare/408_tokens.ipynb #f52e9459
 def resolve_end_tokens(
     given: str | int | list | None,  # tokens or ids; None: those of the two models
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],  # policy's and reference's
@@ -687,6 +694,22 @@ def resolve_end_tokens(
     return sorted({_token_id(o, ours) for o in tokens})
 
 
+def check_unused_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None,  # the argument as it was given
+    used: tuple,  # the tokenizers of the two sides
+    texts: list,  # prompts or documents
+) -> None:
+    "Raise `ValueError` when a given tokenizer is used by neither side and reads texts otherwise."
+    if tokenizer is None or any(o is tokenizer for o in used):
+        return
+    texts = [o for o in texts if isinstance(o, str)]
+    if encode_prompts(texts, tokenizer) != encode_prompts(texts, used[0]):
+        raise InputError(
+            "`tokenizer` is for loaded models, but both models are given by name, and theirs"
+            " reads the texts differently; leave it out."
+        )
+
+# %% ../../nbs/compare/408_tokens.ipynb #219d6055
 def _token_id(token: str | int, tokenizer: PreTrainedTokenizerBase) -> int:
     vocabulary = tokenizer.get_vocab()
     if (
@@ -722,104 +745,3 @@ def end_notes(
         f"the policy ends with {ours}, the reference with {theirs}; completions end with any of "
         "them: set `end_tokens` for others"
     ]
-
-# %% ../../nbs/compare/407_prompts.ipynb #eeb8608c
-_ARGUMENTS = dict(
-    direction=(str, "a text"),
-    divergence=(str, "a text"),
-    policy_prefix=(str, "a text"),
-    reference_prefix=(str, "a text"),
-    dtype=(str, "a name"),
-    device=((str, torch.device), "a name"),
-    chat=(bool, "True or False"),
-    trust_remote_code=(bool, "True or False"),
-    progress=((bool, type(None)), "True, False or None"),
-    save=((str, Path, type(None)), "a folder"),
-    column=((str, type(None)), "a name"),
-    temperature=(Real, "a positive number"),
-    alpha=(Real, "a finite number"),
-    reference_temperature=((Real, type(None)), "a positive number"),
-    end_tokens=((str, int, list, tuple, type(None)), "a list of tokens"),
-)
-
-
-def check_arguments(
-    given: dict,  # arguments by name
-) -> None:
-    "Raise `TypeError` or `ValueError` for the first argument that is not of its type."
-    for name, value in given.items():
-        types, wanted = _ARGUMENTS.get(name, (object, ""))
-        if (
-            not isinstance(value, types)
-            or isinstance(value, bool)
-            and types in (Real, (Real, type(None)))
-        ):
-            raise InputTypeError(f"`{name}` is {value!r}; it must be {wanted}.")
-        if isinstance(value, str):
-            check_unicode(value, f"`{name}`")
-    for name in ("max_new_tokens", "max_samples", "window", "batch_tokens", "seed"):
-        if name in given and given[name] is None:
-            raise InputTypeError(f"`{name}` is None; it must be an integer.")
-    if not math.isfinite(given.get("alpha", 0.0)):
-        raise InputError(f"`alpha` is {given['alpha']!r}; it must be a finite number.")
-    if given.get("dtype", DTYPES[0]) not in DTYPES:
-        raise InputError(f"`dtype` is {given['dtype']!r}; it must be one of {', '.join(DTYPES)}.")
-    pick_device(given.get("device", "cpu"))
-    tokenizer = given.get("tokenizer")
-    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
-        raise InputTypeError(
-            f"`tokenizer` is a {type(tokenizer).__name__}; it must be a loaded tokenizer."
-        )
-
-
-def check_unused_tokenizer(
-    tokenizer: PreTrainedTokenizerBase | None,  # the argument as it was given
-    used: tuple,  # the tokenizers of the two sides
-    texts: list,  # prompts or documents
-) -> None:
-    "Raise `ValueError` when a given tokenizer is used by neither side and reads texts otherwise."
-    if tokenizer is None or any(o is tokenizer for o in used):
-        return
-    texts = [o for o in texts if isinstance(o, str)]
-    if encode_prompts(texts, tokenizer) != encode_prompts(texts, used[0]):
-        raise InputError(
-            "`tokenizer` is for loaded models, but both models are given by name, and theirs"
-            " reads the texts differently; leave it out."
-        )
-
-# %% ../../nbs/compare/407_prompts.ipynb #547011b8
-@contextmanager
-def as_found(
-    *models: Any,  # loaded models; names are left out
-) -> Iterator[None]:
-    "Give models back as they were: in training or not, which adapter is on, what has gradients."
-    loaded = [o for o in models if hasattr(o, "modules")]
-    modes = [(module, module.training) for o in loaded for module in o.modules()]
-    trained = [(weight, weight.requires_grad) for o in loaded for weight in o.parameters()]
-    adapters = [(o, o.active_adapter) for o in loaded if hasattr(o, "get_base_model")]
-    try:
-        yield
-    finally:
-        for model, adapter in adapters:
-            if model.active_adapter != adapter:
-                model.set_adapter(adapter)
-        for weight, flag in trained:
-            weight.requires_grad_(flag)
-        for module, flag in modes:
-            module.training = flag
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    "No progress bars of the libraries below: every kind of theirs is made by this one class."
-    bar = tqdm.std.tqdm
-    made = bar.__init__
-
-    def hidden(self, *args, **kwargs):
-        made(self, *args, **kwargs | dict(disable=True))
-
-    bar.__init__ = hidden
-    try:
-        yield
-    finally:
-        bar.__init__ = made

@@ -17,20 +17,17 @@ from time import monotonic
 from typing import Any
 from unicodedata import category
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
 from ..errors import InputError
-from ..style import LABELS, MARKERS, PALETTE, save_figure
 from ..files import write_atomic
 from ..intervals import Interval, cluster_interval
 
 # %% auto #0
 __all__ = ['SEQUENCE', 'TOKEN', 'REASONS', 'NAMES', 'FLUSH_SECONDS', 'heatmap_html', 'heatmap_text', 'Result', 'estimates',
-           'prompt_means', 'running_estimates', 'plain', 'note_lines', 'Measurement', 'plain_results', 'plot_positions',
-           'plot_prompts', 'plot_convergence', 'figures', 'draw_results', 'Saver', 'finish_saving', 'result_is_kept']
+           'prompt_means', 'running_estimates', 'plain', 'note_lines', 'Measurement', 'plain_results', 'Saver',
+           'finish_saving', 'result_is_kept']
 
 # %% ../../nbs/compare/412_results.ipynb #be5b4bac
 def _shown(text: str) -> str:
@@ -156,7 +153,7 @@ def estimates(
         ]
     )
 
-
+# %% ../../nbs/compare/412_results.ipynb #ee2d98f6
 def prompt_means(
     result: Result,
 ) -> pd.DataFrame:  # columns prompt, rollouts, length, mean, low, high: one row per prompt
@@ -305,126 +302,6 @@ def _estimate_line(result: Result, name: str) -> str:
     values = [f"{result.interval(name, unit)!s:<17} {unit}" for unit in result.units]
     return f"  {NAMES[name]}   " + "   ".join(values)
 
-# %% ../../nbs/compare/412_results.ipynb #33e6d3d9
-def plot_positions(
-    positions: pd.DataFrame,  # columns position, mean, low, high, reached
-    label: str,  # name of the divergence
-) -> Figure:
-    """Divergence by position in the completion, with 95 % intervals.
-
-    The dashed line is the share of completions that are that long.
-    """
-    fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    ax.fill_between(
-        positions.position, positions.low, positions.high, color=PALETTE["rb"], alpha=0.25, lw=0
-    )
-    ax.plot(
-        positions.position,
-        positions["mean"],
-        color=PALETTE["rb"],
-        marker=MARKERS["rb"],
-        ms=3,
-        label="step divergence",
-    )
-    ax.set(
-        xlabel="position in the completion (tokens)",
-        ylabel="nats per step",
-        title=label,
-        ylim=(0, None),
-    )
-    right = ax.twinx()
-    right.plot(positions.position, positions.reached, color="0.5", ls="--", lw=1)
-    right.set(ylabel="share that reach it (dashed)", ylim=(0, 1.05))
-    right.grid(False)
-    return fig
-
-# %% ../../nbs/compare/412_results.ipynb #cbe7008e
-def plot_prompts(
-    prompts: pd.DataFrame,  # columns mean, low, high: one row per prompt
-    label: str,  # name of the divergence
-) -> Figure:
-    "Mean divergence of every prompt, ascending, with its own 95 % interval where it has one."
-    ordered = prompts.sort_values("mean", ignore_index=True)
-    fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    ax.vlines(
-        ordered.index,
-        ordered.low,
-        ordered.high,
-        color=PALETTE["rb"],
-        alpha=0.4,
-        lw=max(0.3, 60 / len(ordered) ** 1.2),
-    )
-    ax.plot(ordered.index, ordered["mean"], ls="none", marker=".", ms=4, color=PALETTE["rb"])
-    ax.axhline(ordered["mean"].mean(), color="black", lw=1, ls="--", label="mean")
-    ax.set(xlabel="prompts, sorted", ylabel="nats per sequence", title=label)
-    ax.legend()
-    return fig
-
-# %% ../../nbs/compare/412_results.ipynb #122e5a0c
-def plot_convergence(
-    steps: pd.DataFrame,  # columns estimator, rollouts, mean, low, high
-    label: str,  # name of the divergence
-) -> Figure:
-    "Running estimates with their 95 % intervals against the number of rollouts."
-    fig, ax = plt.subplots(figsize=(6.4, 3.2))
-    for name, rows in steps.groupby("estimator", sort=False):
-        ax.fill_between(rows.rollouts, rows.low, rows.high, color=PALETTE[name], alpha=0.2, lw=0)
-        ax.plot(
-            rows.rollouts,
-            rows["mean"],
-            color=PALETTE[name],
-            marker=MARKERS[name],
-            label=LABELS[name],
-        )
-    ax.set(xscale="log", xlabel="rollouts", ylabel="nats per sequence", title=label)
-    ax.legend()
-    return fig
-
-# %% ../../nbs/compare/412_results.ipynb #22f272d7
-def figures(
-    result: Result,
-) -> dict:  # matplotlib figures: "positions", "prompts" if there are several, and "convergence"
-    "The figures of a result."
-    return {name: draw() for name, (draw, _) in _drawings(result).items()}
-
-
-def _drawings(result: Result) -> dict[str, tuple[Callable[[], Figure], pd.DataFrame]]:
-    "How each figure is drawn, and the numbers behind it."
-    label, means, steps = result.label, prompt_means(result), running_estimates(result)
-    found = dict(
-        positions=(lambda: plot_positions(result.positions, label), result.positions),
-        prompts=(lambda: plot_prompts(means, label), means),
-        convergence=(lambda: plot_convergence(steps, label), steps),
-    )
-    left_out = {
-        o
-        for o, empty in dict(
-            positions=result.positions.empty, prompts=result.num_prompts == 1
-        ).items()
-        if empty
-    }
-    return {name: o for name, o in found.items() if name not in left_out}
-
-
-def draw_results(
-    result: Result,  # result of one direction
-) -> dict[
-    str, Callable[[Path], None]
-]:  # functions by the figure's name; each draws it and saves it under a stem
-    "Figures that have not been drawn yet, so that one that fails takes nothing with it."
-
-    def save(draw, data):
-        def write(stem):
-            figure = draw()
-            try:
-                save_figure(figure, stem, data)
-            finally:
-                plt.close(figure)
-
-        return write
-
-    return {name: save(*o) for name, o in _drawings(result).items()}
-
 # %% ../../nbs/compare/412_results.ipynb #49d2ee16
 FLUSH_SECONDS = 2.0  # ours: how much of a run may be lost when it is killed
 
@@ -513,7 +390,7 @@ def finish_saving(
         )
     _try_to_show("heatmap.html", lambda: _write_heatmap(saver.out / "heatmap.html", heatmap()))
 
-
+# %% ../../nbs/compare/412_results.ipynb #df7aecbf
 @contextmanager
 def result_is_kept(
     out: Path,  # folder that is written to

@@ -5,30 +5,35 @@
 # %% ../../nbs/compare/406_sides.ipynb #5e8f3f2c
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import __version__
 from ..adapters import attach_adapter, check_active, check_adapters, split_name
-from ..errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError, check_unicode
 from klrb.models import (
+    DTYPES,
     check_same_tokenizer,
     context_length,
     load_model,
     load_tokenizer,
+    pick_device,
     weights_digest,
 )
 from ..selfcheck import check_scoring
 
 # %% auto #0
-__all__ = ['Model', 'Side', 'load_pair', 'describe']
+__all__ = ['Model', 'Side', 'load_pair', 'check_arguments', 'as_found', 'describe']
 
 # %% ../../nbs/compare/406_sides.ipynb #ef08defb
 Model = str | Path | PreTrainedModel  # by name, see `load_pair`; or loaded
@@ -146,7 +151,7 @@ def _load_side(name: str, dtype: str, device: str, trust_remote_code: bool) -> S
     tokenizer = load_tokenizer(name, **settings)
     return Side(name, load_model(name, dtype=dtype, device=device, **settings), tokenizer)
 
-
+# %% ../../nbs/compare/406_sides.ipynb #d3e27371
 def _named_side(
     name: str, role: str, bases: dict[str, Side] | None, settings: tuple
 ) -> Side | None:
@@ -159,6 +164,10 @@ def _named_side(
     if adapter is None:
         plain = first.name == name and first.peft is None
         return first if plain else Side(name, first.model, first.tokenizer, first.peft)
+    if name.startswith("llama:"):
+        raise InputError(
+            f"`{role}` is {name!r}; llama.cpp runs the file as it is: merge the adapter into it."
+        )
     try:
         first.peft, intact = attach_adapter(first.model, adapter, role, first.peft)
     except InputError:
@@ -212,6 +221,75 @@ def _check_apart(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
             "both would run with it; give the PeftModel and its `get_base_model()`, or load the "
             "reference by name."
         )
+
+# %% ../../nbs/compare/406_sides.ipynb #ab6efd49
+_ARGUMENTS = dict(
+    direction=(str, "a text"),
+    divergence=(str, "a text"),
+    policy_prefix=(str, "a text"),
+    reference_prefix=(str, "a text"),
+    dtype=(str, "a name"),
+    device=((str, torch.device), "a name"),
+    chat=(bool, "True or False"),
+    trust_remote_code=(bool, "True or False"),
+    progress=((bool, type(None)), "True, False or None"),
+    save=((str, Path, type(None)), "a folder"),
+    column=((str, type(None)), "a name"),
+    temperature=(Real, "a positive number"),
+    alpha=(Real, "a finite number"),
+    reference_temperature=((Real, type(None)), "a positive number"),
+    end_tokens=((str, int, list, tuple, type(None)), "a list of tokens"),
+)
+
+# %% ../../nbs/compare/406_sides.ipynb #2d9ad084
+def check_arguments(
+    given: dict,  # arguments by name
+) -> None:
+    "Raise `TypeError` or `ValueError` for the first argument that is not of its type."
+    for name, value in given.items():
+        types, wanted = _ARGUMENTS.get(name, (object, ""))
+        if (
+            not isinstance(value, types)
+            or isinstance(value, bool)
+            and types in (Real, (Real, type(None)))
+        ):
+            raise InputTypeError(f"`{name}` is {value!r}; it must be {wanted}.")
+        if isinstance(value, str):
+            check_unicode(value, f"`{name}`")
+    for name in ("max_new_tokens", "max_samples", "window", "batch_tokens", "seed"):
+        if name in given and given[name] is None:
+            raise InputTypeError(f"`{name}` is None; it must be an integer.")
+    if not math.isfinite(given.get("alpha", 0.0)):
+        raise InputError(f"`alpha` is {given['alpha']!r}; it must be a finite number.")
+    if given.get("dtype", DTYPES[0]) not in DTYPES:
+        raise InputError(f"`dtype` is {given['dtype']!r}; it must be one of {', '.join(DTYPES)}.")
+    pick_device(given.get("device", "cpu"))
+    tokenizer = given.get("tokenizer")
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        raise InputTypeError(
+            f"`tokenizer` is a {type(tokenizer).__name__}; it must be a loaded tokenizer."
+        )
+
+# %% ../../nbs/compare/406_sides.ipynb #8fa532e1
+@contextmanager
+def as_found(
+    *models: Any,  # loaded models; names are left out
+) -> Iterator[None]:
+    "Give models back as they were: in training or not, which adapter is on, what has gradients."
+    loaded = [o for o in models if hasattr(o, "modules")]
+    modes = [(module, module.training) for o in loaded for module in o.modules()]
+    trained = [(weight, weight.requires_grad) for o in loaded for weight in o.parameters()]
+    adapters = [(o, o.active_adapter) for o in loaded if hasattr(o, "get_base_model")]
+    try:
+        yield
+    finally:
+        for model, adapter in adapters:
+            if model.active_adapter != adapter:
+                model.set_adapter(adapter)
+        for weight, flag in trained:
+            weight.requires_grad_(flag)
+        for module, flag in modes:
+            module.training = flag
 
 # %% ../../nbs/compare/406_sides.ipynb #50eac5cc
 def describe(

@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -29,6 +28,9 @@ from transformers import (
 
 from ..errors import InputError, MissingFileError
 from ..files import packaged_file, split_revision
+
+if TYPE_CHECKING:  # the linear reward needs no data set
+    from datasets import Dataset
 
 # %% auto #0
 __all__ = ['TRAINER_SETTINGS', 'TfidfReward', 'first_words', 'train_tfidf_reward', 'reward_accuracy', 'save_tfidf_reward',
@@ -251,6 +253,8 @@ def train_classifier_reward(
     seed: int = 0,  # seed of the head and of the order
 ) -> SequenceClassifierReward:  # the trained reward
     "Fine-tune a sequence classifier in one epoch. Raises `ValueError` when a label is missing."
+    from datasets import Dataset
+
     reviews = reviews.select(range(min(num_reviews, len(reviews))))
     if len(set(reviews["label"])) < 2:
         raise InputError(f"`reviews` has only the label {set(reviews['label'])}; give both.")

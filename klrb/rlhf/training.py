@@ -108,6 +108,8 @@ _LOGGED = {  # name in TRL's log -> name and unit in the CSV
     "reward": ("reward", "log-odds"),
     "kl_sequence_rb": ("kl_sequence_rb", "nats/sequence"),
     "kl_sequence_mc": ("kl_sequence_mc", "nats/sequence"),
+    "kl_sequence_rb_stderr": ("kl_sequence_rb_stderr", "nats/sequence"),
+    "kl_step": ("kl_step", "nats/token"),
     "update_past": ("update_past", "log-odds/nat"),
     "update_noise": ("update_noise", "log-odds/nat"),
     "entropy": ("entropy", "nats/token"),
