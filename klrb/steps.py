@@ -668,43 +668,100 @@ def chunk_rows(rows: int, vocab_size: int, large: bool, device: torch.device) ->
     size = 2**23 if compiled or device.type != "cpu" else 2**17  # curves in experiments/speed
     return max(1, size // vocab_size)
 
+# %% ../nbs/kernels/201_digits.ipynb #6e1f0a53
+ON_GPU = torch.float32, torch.bfloat16, torch.float16  # dtypes of logits that `klrb.gpu` takes
+_gpu_kernels = {}  # by device: `klrb.gpu`, or None where it does not work
+
+
+def gpu_kernels(*logits: Tensor):
+    "The module `klrb.gpu` if it can take these matrices on their device, else None."
+    if torch.compiler.is_compiling():
+        return None
+    device = logits[0].device
+    if device.type != "cuda" or any(o.dtype not in ON_GPU or o.stride(-1) != 1 for o in logits):
+        return None
+    if device not in _gpu_kernels:
+        if torch.cuda.is_current_stream_capturing():
+            return None  # the example would have to be looked at
+        _gpu_kernels[device] = _tried_kernels(device)
+    return _gpu_kernels[device]
+
+
+def _tried_kernels(device):
+    "`klrb.gpu`, if it is there and gets a small example right."
+    try:
+        from klrb import gpu
+
+        a = torch.linspace(-2, 2, 600, device=device).view(2, 300)
+        _, kl = _stats_by(gpu, a, a.flip(1), a.dtype)
+        torch.testing.assert_close(kl, _stats(a, a.flip(1), a.dtype)[1], rtol=1e-4, atol=0)
+    except Exception as fault:  # noqa: BLE001  (no Triton, no compiler, a card too old, ...)
+        logging.getLogger(__name__).info("klrb.gpu does not work here: %s", fault)
+        return None
+    return gpu
+
 # %% ../nbs/kernels/201_digits.ipynb #18f058b4
 class _StepKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, policy_logits, ref_logits):
         ctx.dtype = sum_dtype(policy_logits.dtype, ref_logits.dtype)
-        large = policy_logits.numel() >= COMPILE_FROM
         a, b = (o.reshape(-1, o.shape[-1]) for o in (policy_logits, ref_logits))
-        parts = [
-            compilable_sums(a[rows], b[rows], large=large)[:6] for rows in _row_slices(a, large)
-        ]
-        stats = finish_sums(TileSums(*(torch.cat(o).double() for o in zip(*parts))), ctx.dtype)
-        ctx.save_for_backward(policy_logits, ref_logits, *stats)
-        return stats.kl.to(ctx.dtype).view(policy_logits.shape[:-1])
+        ctx.kernels = gpu_kernels(a, b)
+        make = _stats if ctx.kernels is None else functools.partial(_stats_by, ctx.kernels)
+        stats, kl = make(a, b, ctx.dtype)
+        ctx.save_for_backward(policy_logits, ref_logits, stats)
+        return kl.view(policy_logits.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad):
         no_second_derivative("step_kl")
-        policy_logits, ref_logits, *stats = ctx.saved_tensors
+        policy_logits, ref_logits, stats = ctx.saved_tensors
         a, b = (o.reshape(-1, o.shape[-1]) for o in (policy_logits, ref_logits))
-        weights = _row_weights(StepStats(*stats), grad.reshape(-1, 1).double(), ctx.dtype)
-        large = policy_logits.numel() >= COMPILE_FROM
-        policy, ref = (
+        grads = [
             torch.empty(o.shape, dtype=o.dtype, device=o.device) if needed else None
             for o, needed in zip((a, b), ctx.needs_input_grad)
-        )
-        for rows in _row_slices(a, large):
-            chunk = a[rows], b[rows], weights.each(operator.itemgetter(rows)), None
-            if policy is not None:
-                compilable_policy_grad(*chunk, policy[rows], large=large)
-            if ref is not None:
-                compilable_ref_grad(*chunk, ref[rows], large=large)
-        return tuple(o if o is None else o.view(policy_logits.shape) for o in (policy, ref))
+        ]
+        if ctx.kernels is not None:
+            weights = ctx.kernels.row_weights(
+                stats, [grad.reshape(-1), None, None, None], everything=False
+            )
+            ctx.kernels.write_grads(a, b, None, weights, 0, 0, grads)
+        else:
+            weights = _row_weights(StepStats(*stats[..., None]), grad.reshape(-1, 1), ctx.dtype)
+            _write_grads(a, b, weights, *grads)
+        return tuple(o if o is None else o.view(policy_logits.shape) for o in grads)
+
+
+def _stats_by(kernels, a, b, dtype):
+    "`StepStats` as (8, rows), and the KL, from a card's kernels."
+    sums = kernels.RowSums(len(a), a.shape[1:], False, a.device)
+    sums.add(a, b, None, 0)
+    stats, out = sums.finish()
+    return stats, out[0]
+
+
+def _stats(a, b, dtype):
+    "The same in PyTorch; there is no entropy, so 0 stands for it."
+    large = a.numel() >= COMPILE_FROM
+    parts = [compilable_sums(a[rows], b[rows], large=large)[:6] for rows in _row_slices(a, large)]
+    stats = finish_sums(TileSums(*(torch.cat(o).double() for o in zip(*parts))), dtype)
+    kept = [*stats[:7], torch.zeros_like(stats.kl)]
+    return torch.cat(kept, 1).T, stats.kl[:, 0].to(dtype)
+
+
+def _write_grads(a, b, weights, policy, ref):
+    large = a.numel() >= COMPILE_FROM
+    for rows in _row_slices(a, large):
+        chunk = a[rows], b[rows], weights.each(operator.itemgetter(rows)), None
+        if policy is not None:
+            compilable_policy_grad(*chunk, policy[rows], large=large)
+        if ref is not None:
+            compilable_ref_grad(*chunk, ref[rows], large=large)
 
 
 def _row_weights(stats, grad, dtype):
     "Eqs. 8 and 9; a step without a finite KL gets p = q = 0, so no gradient."
-    finite = stats.kl.isfinite()
+    grad, finite = grad.double(), stats.kl.isfinite()
     grad, kl, ratio, shift = (
         o.masked_fill(~finite, 0.0) for o in (grad, stats.kl, stats.log_ratio, stats.shift)
     )

@@ -1,9 +1,10 @@
 """Speed and memory of the step KL on a CUDA card: one process, CUDA events, no network.
 
-    python tests/gpu_speed.py --out FOLDER [--budget SECONDS] [--parts copy,errors,logits,...]
+    python tests/gpu_speed.py --out FOLDER [--budget SECONDS] [--parts copy,hidden,logits,...]
 
 Writes `gpu.csv` and `environment.json` after every measurement. Needs torch only; TRL's kernel and
-transformers are measured where they can be imported.
+transformers are measured where they can be imported. `--klrb FOLDER` measures another version of
+klrb, the one in that folder, and `--methods a,b` leaves all others out.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from klrb import fused  # noqa: E402
+HERE = sys.argv[sys.argv.index("--klrb") + 1] if "--klrb" in sys.argv else Path(__file__).parents[1]
+sys.path.insert(0, str(HERE))
+from klrb import fused, steps  # noqa: E402
 from klrb.fused import linear_step_kl  # noqa: E402
 from klrb.steps import step_kl  # noqa: E402
 
@@ -96,7 +98,7 @@ def peak_memory(call, inputs):
     return (torch.cuda.max_memory_allocated() - before - left) / 1e6
 
 
-def measure(call, inputs=(), repeats=20, seconds=0.5):
+def measure(call, inputs=(), repeats=20, seconds=0.3):
     "Median and interquartile range in ms, and peak memory beyond inputs and gradients in MB."
 
     def clear():
@@ -116,7 +118,7 @@ def measure(call, inputs=(), repeats=20, seconds=0.5):
     return dict(median_ms=q[1], iqr_ms=q[2] - q[0], repeats=len(times), extra_mb=extra)
 
 
-def attempt(table, call, inputs=(), work=None, seconds=0.5, **labels):
+def attempt(table, call, inputs=(), work=None, seconds=0.3, **labels):
     "Measure `call` and write a row, also when there is too little memory or time, or a fault."
     if table.left() < 0:
         return
@@ -212,10 +214,16 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def cases(options):
+def cases(options, most_float32):
     for dtype in (getattr(torch, o) for o in options.dtypes.split(",")):
-        for shape in SHAPES[: 2 if dtype == torch.float32 else 3]:
+        for shape in SHAPES[: most_float32 if dtype == torch.float32 else 3]:
             yield shape, dtype
+
+
+def chosen(options, **methods):
+    "The methods that are wanted and there."
+    wanted = options.methods.split(",") if options.methods else methods
+    return {k: o for k, o in methods.items() if k in wanted and o is not None}
 
 
 # ---- parts ----
@@ -281,9 +289,10 @@ def errors_part(table, options):
 
 
 def logits_part(table, options):
-    for (tokens, _, vocab), dtype in cases(options):
+    compiled = torch.compile(paper)
+    for (tokens, _, vocab), dtype in cases(options, 2):
         inputs = logit_inputs(tokens, vocab, dtype)
-        methods = dict(paper=paper, kl_div=kl_div, compiled=torch.compile(paper), step_kl=step_kl)
+        methods = chosen(options, step_kl=step_kl, paper=paper, kl_div=kl_div, compiled=compiled)
         for direction in DIRECTIONS:
             moved = inputs[0].nbytes * (5 if direction == BOTH else 2)
             for what, f in methods.items():
@@ -331,13 +340,14 @@ def floor_rows(table, inputs, labels):
 
 def hidden_part(table, options):
     trl = trl_divergence()
-    for (tokens, hidden, vocab), dtype in cases(options):
+    for (tokens, hidden, vocab), dtype in cases(options, 1):
         inputs = hidden_inputs(tokens, hidden, vocab, dtype)
         labels = dict(
             part="hidden", dtype=name_of(dtype), tokens=tokens, hidden=hidden, vocab=vocab
         )
         floor_rows(table, inputs, labels)
-        methods = dict(
+        methods = chosen(
+            options,
             linear_step_kl=ours,
             paper=partial(head_then, paper),
             paper_float32=partial(head_then, paper_float32),
@@ -346,7 +356,7 @@ def hidden_part(table, options):
         )
         for direction in DIRECTIONS:
             for what, f in methods.items():
-                if f is None or dtype == torch.float32 and what == "paper_float32":
+                if dtype == torch.float32 and what == "paper_float32":
                     continue
                 attempt(
                     table,
@@ -361,24 +371,68 @@ def hidden_part(table, options):
 
 
 def tiles_part(table, options):
-    "Sizes of a tile: time against memory."
-    tokens, hidden, vocab = SHAPES[1]
-    inputs = hidden_inputs(tokens, hidden, vocab, torch.bfloat16)
-    labels = dict(part="tiles", dtype="bfloat16", tokens=tokens, hidden=hidden, vocab=vocab)
-    before = fused.CUDA_TILE_ROWS, fused.CUDA_TILE_SIZE
-    for rows, size in ((1024, 2**23), (1024, 2**24), (2048, 2**24), (4096, 2**23), (4096, 2**24)):
-        fused.CUDA_TILE_ROWS, fused.CUDA_TILE_SIZE = rows, size
-        for direction in DIRECTIONS:
-            attempt(
-                table,
-                lambda: both(ours, inputs, direction == BOTH),
-                inputs[:2],
-                what=f"linear_step_kl, tile {rows} x {size // rows}",
-                direction=direction,
-                seconds=0.4,
-                **labels,
-            )
-    fused.CUDA_TILE_ROWS, fused.CUDA_TILE_SIZE = before
+    "Sizes of a tile: time against memory, where the gradients' products are of two widths."
+    names = "CUDA_TILE_ROWS", "CUDA_TILE_SIZE", "CUDA_GRAD_COLUMNS"
+    before = [getattr(fused, o) for o in names]
+    for shape in SHAPES[1:]:
+        tokens, hidden, vocab = shape
+        inputs = hidden_inputs(*shape, torch.bfloat16)
+        labels = dict(part="tiles", dtype="bfloat16", tokens=tokens, hidden=hidden, vocab=vocab)
+        for rows, power, wide in TILES:
+            for name, value in zip(names, (rows, 2**power, wide)):
+                setattr(fused, name, value)
+            for direction in DIRECTIONS:
+                attempt(
+                    table,
+                    lambda: both(ours, inputs, direction == BOTH),
+                    inputs[:2],
+                    what=f"linear_step_kl, tile {rows} rows, 2^{power}, gradients {wide}",
+                    direction=direction,
+                    seconds=0.2,
+                    **labels,
+                )
+        inputs = None  # its memory is needed
+    for name, value in zip(names, before):
+        setattr(fused, name, value)
+
+
+TILES = [(8192, 23, 4096), (8192, 24, 4096), (4096, 24, 4096), (8192, 23, 2048), (4096, 23, 4096)]
+
+
+def launch_part(table, options):
+    "Columns of a program and its warps, for the kernels from logits."
+    gpu = steps.gpu_kernels(torch.empty(1, 1, device=DEVICE))
+    if gpu is None:
+        table.add(part="launch", note="klrb.gpu does not work here")
+        return
+    tokens, _, vocab = SHAPES[2]
+    a, b = (o.detach() for o in logit_inputs(tokens, vocab, torch.bfloat16))
+    grad = torch.empty_like(a)
+    labels = dict(part="launch", dtype="bfloat16", tokens=tokens, vocab=vocab, unit="TB/s")
+    before = gpu.SUMS_BLOCK, gpu.GRADS_BLOCK, dict(gpu.WARPS_FROM)
+
+    def sums():
+        made = gpu.RowSums(tokens, [vocab], False, a.device)
+        made.add(a, b, None, 0)
+        return made.finish()[0]
+
+    stats = sums()
+    weights = gpu.row_weights(stats, [stats[0].float(), None, None, None], everything=False)
+    for block, warps in ((1024, 2), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16)):
+        gpu.SUMS_BLOCK = gpu.GRADS_BLOCK = block
+        gpu.WARPS_FROM[block] = warps
+        what = f"{block} columns, {warps} warps"
+        attempt(table, sums, work=2 * a.nbytes / 1e12, what=f"sums, {what}", **labels)
+        attempt(
+            table,
+            lambda: gpu.write_grads(a, b, None, weights, 0, 0, (grad, None)),
+            work=3 * a.nbytes / 1e12,
+            what=f"gradient, {what}",
+            **labels,
+        )
+        gpu.SUMS_BLOCK, gpu.GRADS_BLOCK = before[:2]
+        gpu.WARPS_FROM.clear()
+        gpu.WARPS_FROM.update(before[2])
 
 
 def growth_part(table, options):
@@ -407,11 +461,17 @@ def profile_part(table, options):
     from torch.profiler import ProfilerActivity, profile
 
     text = []
-    calls = {"linear_step_kl": (ours, hidden_inputs(*SHAPES[1], torch.bfloat16))}
-    calls["step_kl"] = step_kl, logit_inputs(SHAPES[1][0], SHAPES[1][2], torch.bfloat16)
+    calls = {
+        "linear_step_kl, small": (ours, hidden_inputs(*SHAPES[0], torch.bfloat16)),
+        "linear_step_kl": (ours, hidden_inputs(*SHAPES[1], torch.bfloat16)),
+        "step_kl": (step_kl, logit_inputs(SHAPES[1][0], SHAPES[1][2], torch.bfloat16)),
+    }
     kinds = [getattr(ProfilerActivity, o) for o in {"CPU", DEVICE.upper()}]
     for what, (f, inputs) in calls.items():
-        both(f, inputs, True)
+        for _ in range(3):
+            both(f, inputs, True)
+            for o in inputs:
+                o.grad = None
         with profile(activities=kinds) as events:
             both(f, inputs, True)
             if DEVICE == "cuda":
@@ -419,7 +479,8 @@ def profile_part(table, options):
         rows = events.key_averages().table(
             sort_by=f"self_{DEVICE}_time_total", row_limit=15, max_name_column_width=70
         )
-        text.append(f"== {what}, forward + backward, {SHAPES[1]}, bfloat16\n{rows}")
+        shape = [tuple(o.shape) for o in inputs[:2]]
+        text.append(f"== {what}, forward + backward, {shape}, bfloat16\n{rows}")
     (options.out / "profile.txt").write_text("\n".join(text))
     print("\n".join(o[:2500] for o in text), flush=True)
 
@@ -481,9 +542,10 @@ def model_part(table, options):
 
 PARTS = dict(
     copy=copy_part,
-    errors=errors_part,
     hidden=hidden_part,
     logits=logits_part,
+    errors=errors_part,
+    launch=launch_part,
     tiles=tiles_part,
     growth=growth_part,
     model=model_part,
@@ -526,6 +588,10 @@ def main():
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--dtypes", default="bfloat16,float32", help="the types to measure")
     parser.add_argument("--device", default="cuda", help="cpu: a dry run at toy sizes")
+    parser.add_argument("--klrb", help="folder with another version of klrb, to measure that one")
+    parser.add_argument(
+        "--methods", help="measure these only: linear_step_kl,step_kl,paper,trl,..."
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     DEVICE = options.device

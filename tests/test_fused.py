@@ -607,3 +607,94 @@ def test_bad_heads_and_devices():
         LMHead(torch.zeros(7, 4), softcap=0.0)
     with pytest.raises(ValueError, match="`ref_logits` is on meta"):
         step_kl(torch.zeros(2, 3), torch.zeros(2, 3, device=meta))
+
+
+# ---- plans and products ----
+
+
+@pytest.mark.parametrize("keep", [0, 40, 100, 10**6])
+def test_the_first_tiles_are_kept(monkeypatch, keep):
+    "As many as fit; the gradients are the same bit by bit."
+    monkeypatch.setattr(fused, "TILE_ROWS", 2)
+    monkeypatch.setattr(fused, "TILE_SIZE", 20)
+    h, w = torch.randn(1, 5, 3, generator=generator()), torch.randn(31, 3, generator=generator(1))
+    ids, made, sizes = torch.arange(5)[None], [], []
+    for budget in (0, keep):
+        monkeypatch.setattr(fused, "KEEP_UP_TO", budget)
+        x, y = h.clone().requires_grad_(), w.clone().requires_grad_()
+        out = linear_step_kl(x, y, h.flip(1), w.flip(1), ids)
+        plan = out.step_kl.grad_fn
+        while not hasattr(plan, "plan"):
+            plan = plan.next_functions[0][0]
+        sizes.append(sum(o.numel() for pair in [plan.saved_tensors[8:]] for o in pair))
+        made.append(torch.autograd.grad(sum(o.sum() for o in out), (x, y)))
+    assert sizes[0] == 0 and sizes[1] <= 2 * max(keep, 0)
+    assert sizes[1] >= min(2 * keep, 2 * 5 * 31) - 2 * 20  # less than a tile is missing
+    for a, b in zip(*made):
+        assert torch.equal(a, b)
+
+
+def test_a_plan_covers_everything_once_and_is_even():
+    for rows, vocab in ((1, 1), (1025, 50_257), (3000, 151_936), (7, 130), (2048, 129)):
+        for dtype in (torch.float32, torch.bfloat16):
+            hidden = torch.empty(rows, 1, dtype=dtype)
+            plan = fused._plan(rows, vocab, hidden, True)
+            for cuts, whole in ((plan.rows, rows), (plan.columns, vocab)):
+                assert [o.start for o in cuts] == [0, *(o.stop for o in cuts[:-1])]
+                assert cuts[-1].stop == whole
+            heights = [o.stop - o.start for o in plan.rows]
+            width = plan.columns[0].stop
+            assert max(heights) - min(heights) < len(heights) and max(heights) <= fused.TILE_ROWS
+            assert width in (vocab,) or width % fused.ALIGNED == 0
+            kept = plan.keep * heights[0] * width
+            assert kept <= fused.KEEP_UP_TO * hidden.element_size() // 4 or len(plan.columns) == 1
+            assert fused._plan(rows, vocab, hidden, False).keep == 0
+
+
+@pytest.mark.parametrize("ref_dtype", [torch.bfloat16, torch.float32])
+def test_bfloat16_products_of_a_cpu_that_has_them(monkeypatch, ref_dtype):
+    "Factors of a bfloat16 model lose nothing; those of a float32 model are not rounded."
+    low, seen = [], set()
+
+    class Low:
+        def __enter__(self):
+            low.append(True)
+
+        def __exit__(self, *fault):
+            low.pop()
+
+    def multiply(a, b, out, add=False):
+        if low:  # as such a CPU does
+            a, b = (o.bfloat16().float() for o in (a, b))
+        seen.add(bool(low))
+        product = a @ b
+        out.copy_(out + product if add else product)
+
+    monkeypatch.setattr(fused, "_bfloat16_products", lambda: True)
+    monkeypatch.setattr(fused, "_bfloat16_factors", Low)
+    monkeypatch.setattr(fused, "_multiply", multiply)
+    monkeypatch.setattr(fused, "KEEP_UP_TO", 0)
+    gen = generator()
+    h, w = torch.randn(2, 3, 16, generator=gen), torch.randn(300, 16, generator=gen) / 3
+    g, u = (h + 0.1).to(ref_dtype), (w * 1.05).to(ref_dtype)
+    h, w = (o.bfloat16().requires_grad_() for o in (h, w))
+    ids = torch.randint(300, (2, 3), generator=gen)
+    out = linear_step_kl(h, w, g, u, ids)
+    exact = [o.detach().double().requires_grad_() for o in (h, w)]
+    truth = textbook(exact[0] @ exact[1].T, g.double() @ u.double().T)[0]
+    assert_close(out.step_kl.double(), truth, rtol=1e-4, atol=1e-8)
+    grads = torch.autograd.grad(out.step_kl.sum(), (h, w))
+    wanted = torch.autograd.grad(truth.sum(), exact)
+    for a, b in zip(grads, wanted):
+        assert (a.double() - b).norm() < 3 * 2**-9 * b.norm()
+    assert seen == ({True} if ref_dtype == torch.bfloat16 else {True, False})
+
+
+def test_the_probe_of_bfloat16_products_leaves_the_setting_alone():
+    before = torch.get_float32_matmul_precision()
+    setting = getattr(torch.backends.mkldnn, "matmul", None)
+    name = getattr(setting, "fp32_precision", None)
+    fused._bfloat16_products.cache_clear()
+    assert fused._bfloat16_products() in (True, False)
+    assert torch.get_float32_matmul_precision() == before
+    assert getattr(setting, "fp32_precision", None) == name

@@ -51,13 +51,35 @@ UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-12}  # 
 # ---- from logits ----
 
 
+def choose(code, device, monkeypatch):
+    "The kernels of `klrb.gpu`, or PyTorch's, eager or compiled."
+    if device == "cpu":
+        if code != "eager":
+            pytest.skip("test_fused.py and test_triton.py have it on the CPU")
+        return
+    for module in (steps, fused):
+        monkeypatch.setattr(module, "COMPILE_FROM", 0 if code == "compiled" else 2**60)
+        if code != "triton":
+            monkeypatch.setattr(module, "gpu_kernels", lambda *logits: None)
+
+
+codes = pytest.mark.parametrize("code", ["eager", "compiled", "triton"])
+
+
+@only_cuda
+def test_the_kernels_of_our_own_are_used(device):
+    pytest.importorskip("triton")
+    logits = torch.zeros(2, 300, device=device)
+    assert steps.gpu_kernels(logits, logits).__name__ == "klrb.gpu"
+    assert steps.gpu_kernels(logits, logits.double()) is None
+    assert steps.gpu_kernels(logits, logits.T) is None
+
+
 @devices
 @dtypes
-@pytest.mark.parametrize("large", [False, True])
-def test_step_kl_and_both_gradients(device, dtype, large, monkeypatch):
-    if large and device == "cpu":
-        pytest.skip("compiled code has tests of its own on the CPU")
-    monkeypatch.setattr(steps, "COMPILE_FROM", 0 if large else 2**60)
+@codes
+def test_step_kl_and_both_gradients(device, dtype, code, monkeypatch):
+    choose(code, device, monkeypatch)
     a, b = 2 * randn(5, 7, 1013), 2 * randn(5, 7, 1013, seed=1)
     a[0, 0, 3] = a[1, 1, 5] = b[1, 1, 5] = -INF
     x, y = (o.to(device, dtype).requires_grad_() for o in (a, b))
@@ -87,6 +109,16 @@ def test_limits_of_the_support(device):
     assert value[1] == INF and value[2:].isnan().all()
     value.sum().backward()
     assert x.grad.isfinite().all() and (x.grad[1:] == 0).all()
+
+
+@devices
+def test_a_probability_below_the_smallest_normal_number(device):
+    "It counts, where the reference excludes it."
+    a, b = torch.zeros(2, 1, 130, device=device)
+    a[0, 7], b[0, 7] = -100.0, -INF
+    assert step_kl(a, b) == INF
+    a[0, 7] = -110.0  # 0 in float32
+    assert step_kl(a, b) < 1e-6
 
 
 @devices
@@ -220,6 +252,9 @@ def small_tiles(monkeypatch, size):
         monkeypatch.setattr(fused, name, size)
     for name in ("TILE_ROWS", "CUDA_TILE_ROWS"):
         monkeypatch.setattr(fused, name, 4 if size < 2**20 else 1024)
+    if size < 2**20:
+        monkeypatch.setattr(fused, "CUDA_KEEP_UP_TO", 0)
+    monkeypatch.setattr(fused, "CUDA_GRAD_COLUMNS", 200)
 
 
 def token_ids(vocab, seed=0):
@@ -232,7 +267,11 @@ def token_ids(vocab, seed=0):
     "settings", [Settings(), Settings(0.5, 3.0, 0.7), Settings(vocab_size=290)]
 )
 @pytest.mark.parametrize("tile_size,keep", [(2**20, 2**22), (320, 0)])
-def test_linear_step_kl_and_all_gradients(device, dtype, settings, tile_size, keep, monkeypatch):
+@codes
+def test_linear_step_kl_and_all_gradients(
+    device, dtype, settings, tile_size, keep, code, monkeypatch
+):
+    choose(code, device, monkeypatch)
     small_tiles(monkeypatch, tile_size)
     monkeypatch.setattr(fused, "KEEP_UP_TO", keep)
     compare(case(), token_ids(290), device, dtype, settings)
@@ -459,7 +498,7 @@ def test_no_value_is_looked_at(monkeypatch):
     step_kl(a, b).sum().backward()
     assert a.grad.shape == a.shape
     for keep in (0, 2**22):
-        monkeypatch.setattr(fused, "KEEP_UP_TO", keep)
+        monkeypatch.setattr(fused, "CUDA_KEEP_UP_TO", keep)
         o = Case(*(x.float().to("meta").requires_grad_() for x in case()))
         values = tiles_of(o, token_ids(301).to("meta"))
         sum(v.sum() for v in values).backward()
@@ -488,7 +527,8 @@ def test_the_host_never_waits(device):
 
 
 @only_cuda
-def test_a_batch_of_real_size(device, monkeypatch):
+@pytest.mark.parametrize("rows_of_a_tile", [1024, 4096])
+def test_a_batch_of_real_size(device, rows_of_a_tile, monkeypatch):
     "Several tiles in both directions at real sizes, in bfloat16; the oracle sees some rows."
     torch.manual_seed(0)
     tokens, hidden, vocab = 1500, 256, 60_001
@@ -498,7 +538,8 @@ def test_a_batch_of_real_size(device, monkeypatch):
     h.requires_grad_()
     w.requires_grad_()
     ids = torch.randint(vocab, (1, tokens), device=device)
-    monkeypatch.setattr(fused, "CUDA_TILE_ROWS", 1024)
+    monkeypatch.setattr(fused, "CUDA_TILE_ROWS", rows_of_a_tile)
+    monkeypatch.setattr(fused, "CUDA_KEEP_UP_TO", 0)
     out = linear_step_kl(h[None], w, g[None], u, ids)
     rows = slice(0, tokens, 50)
     p, q = (x[rows].double() @ y.double().T for x, y in ((h, w), (g, u)))

@@ -464,6 +464,26 @@ def test_a_run_that_takes_too_long_is_killed(notebook, tmp_path):
     until(lambda: not at_work_in(tmp_path))
 
 
+def test_the_memory_of_kernels_is_counted(tmp_path):
+    "As a study reports it; the kernels are forked from a process that no worker has waited for."
+    cells = [
+        nbformat.v4.new_code_cell("out_dir: str = '.'", metadata=dict(tags=["parameters"])),
+        nbformat.v4.new_code_cell("x = bytearray(b'1') * (700 * 2**20)"),
+        nbformat.v4.new_code_cell("open(out_dir + '/result.json', 'w').write('{}')"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "large.ipynb")
+    script = """if __name__ == "__main__":
+        import resource
+        from klrb.sweeps.sweep import sweep
+        sweep("large.ipynb", out="out")
+        print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.split()[-1]) > 700 * 2**10  # kB
+
+
 # What needs no kernel
 
 

@@ -457,7 +457,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__
-from .prompts import check_arguments
+from .sides import check_arguments
 from .results import Saver, finish_saving, note_lines, plain, result_is_kept
 from .scoring import check_integer, memory_errors
 from ..errors import InputError

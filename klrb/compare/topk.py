@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from .. import __version__
-from .prompts import check_arguments
+from .sides import check_arguments
 from .results import Saver
 from klrb.compare.stored import (
     FAR,

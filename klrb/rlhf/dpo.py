@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from ..adapters import evaluating
 from ..errors import InputError
 from ..models import Rollouts, causal_lm, check_context, sample_completions
 from .profiles import Profile
+from .reward import TRAINER_SETTINGS, run_trainer
 from ..selfcheck import known_scoring
 
 # %% auto #0
@@ -110,6 +111,25 @@ def _unpadded(ids, mask):
     return [row[keep].tolist() for row, keep in zip(ids, mask.bool())]
 
 
+def _ranked(rollouts: Rollouts, rewards: list[float], group: int) -> list[dict]:
+    "The pairs of each prompt, whose `group` completions are adjacent rows."
+    prompt_ids = _unpadded(rollouts.prompt_ids, rollouts.prompt_mask)
+    completion_ids = _unpadded(rollouts.completion_ids, rollouts.completion_mask)
+    rows = []
+    for first in range(0, len(rewards), group):
+        completions, scores = (o[first : first + group] for o in (completion_ids, rewards))
+        rows += [
+            dict(
+                prompt_ids=prompt_ids[first],
+                chosen_ids=completions[i],
+                rejected_ids=completions[j],
+                margin=scores[i] - scores[j],
+            )
+            for i, j in rank_pairs(completions, scores)
+        ]
+    return rows
+
+# %% ../../nbs/rlhf/506_dpo.ipynb #98f146f1
 def sample_pairs(
     reference: PreTrainedModel,  # writes the completions
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of the reference
@@ -133,23 +153,8 @@ def sample_pairs(
             profile.max_completion_length,
             profile.temperature,
         )
-        rewards = np.array(
-            reward(completions=rollouts.completions, prompts=rollouts.prompts)
-        ).reshape(-1, profile.dpo_completions)
-        prompt_ids = _unpadded(rollouts.prompt_ids, rollouts.prompt_mask)
-        completion_ids = _unpadded(rollouts.completion_ids, rollouts.completion_mask)
-        for p, scores in enumerate(rewards.tolist()):
-            first = p * profile.dpo_completions
-            completions = completion_ids[first : first + profile.dpo_completions]
-            rows += [
-                dict(
-                    prompt_ids=prompt_ids[first],
-                    chosen_ids=completions[i],
-                    rejected_ids=completions[j],
-                    margin=scores[i] - scores[j],
-                )
-                for i, j in rank_pairs(completions, scores)
-            ]
+        rewards = reward(completions=rollouts.completions, prompts=rollouts.prompts)
+        rows += _ranked(rollouts, rewards, profile.dpo_completions)
     if not rows:
         raise InputError(
             "no two completions of a prompt got distinct rewards; the reward cannot rank this "
@@ -191,18 +196,13 @@ def train_dpo(
         learning_rate=profile.dpo_learning_rate,
         num_train_epochs=profile.dpo_epochs,
         per_device_train_batch_size=batch_size,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
         seed=seed,
         logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
         gradient_checkpointing=False,
         bf16=False,
         max_length=None,
-        dataloader_pin_memory=False,
         use_cpu=profile.device == "cpu",
+        **TRAINER_SETTINGS,
     )
     config._n_gpu = min(config.n_gpu, 1)  # or transformers would spread one process over all GPUs
     trainer = TokenizedDPOTrainer(
@@ -212,6 +212,4 @@ def train_dpo(
         train_dataset=pairs,
         processing_class=tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer.model.eval(), [row for row in trainer.state.log_history if "loss" in row]
+    return run_trainer(trainer)

@@ -44,6 +44,23 @@ def _score(policy, reference, r: Rollouts, temperature: float) -> dict[str, list
     off = r.completion_mask == 0
     return {name: o.masked_fill(off, 0.0).sum(1).tolist() for name, o in per_step.items()}
 
+
+def _table(
+    r: Rollouts, first: int, labels: list[int], rewards: dict[str, Callable], scores: dict
+) -> pd.DataFrame:
+    "A row per rollout; `first` is the number of the batch's first prompt."
+    index, texts = r.prompt_index.tolist(), dict(completions=r.completions, prompts=r.prompts)
+    columns = dict(
+        prompt_index=[first + i for i in index],
+        label=[labels[i] for i in index],
+        **{name: function(**texts) for name, function in rewards.items()},
+        **scores,
+        length=r.completion_mask.sum(1).tolist(),
+        prompt=r.prompts,
+        completion=r.completions,
+    )
+    return pd.DataFrame(columns)
+
 # %% ../../nbs/rlhf/512_judging.ipynb #dbdf1ab7
 @torch.no_grad()
 def evaluate_policy(
@@ -66,39 +83,17 @@ def evaluate_policy(
     for name, model in dict(policy=policy, reference=reference).items():
         check_padding(name, model)
     per_batch, frames = max(1, batch_size // profile.eval_completions), []
+    lengths = profile.eval_completions, profile.max_completion_length, profile.temperature
     gpus = [policy.device] if policy.device.type == "cuda" else []
     eager = torch.compiler.set_stance("force_eager")  # few batches do not repay a compilation
     with evaluating(policy), evaluating(reference), torch.random.fork_rng(devices=gpus), eager:
         torch.manual_seed(seed)
         for start in range(0, len(prompts), per_batch):
             part = prompts[start : start + per_batch]
-            r = policy_rollouts(
-                policy,
-                tokenizer,
-                part["prompt"],
-                profile.eval_completions,
-                profile.max_completion_length,
-                profile.temperature,
-            )
-            rewards = {
-                name: function(completions=r.completions, prompts=r.prompts)
-                for name, function in (("reward", reward), ("judge", judge))
-                if function
-            }
-            index = r.prompt_index.tolist()
-            frames.append(
-                pd.DataFrame(
-                    dict(
-                        prompt_index=[start + i for i in index],
-                        label=[part["label"][i] for i in index],
-                        **rewards,
-                        **_score(policy, reference, r, profile.temperature),
-                        length=r.completion_mask.sum(1).tolist(),
-                        prompt=r.prompts,
-                        completion=r.completions,
-                    )
-                )
-            )
+            rollouts = policy_rollouts(policy, tokenizer, part["prompt"], *lengths)
+            scores = _score(policy, reference, rollouts, profile.temperature)
+            rewards = dict(reward=reward) | (dict(judge=judge) if judge else {})
+            frames.append(_table(rollouts, start, part["label"], rewards, scores))
     return pd.concat(frames, ignore_index=True)
 
 # %% ../../nbs/rlhf/512_judging.ipynb #bbf57d3f

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -32,8 +33,9 @@ if TYPE_CHECKING:  # the linear reward needs no data set
     from datasets import Dataset
 
 # %% auto #0
-__all__ = ['TfidfReward', 'first_words', 'train_tfidf_reward', 'reward_accuracy', 'save_tfidf_reward', 'load_tfidf_reward',
-           'SequenceClassifierReward', 'train_classifier_reward', 'train_reward', 'load_reward', 'load_judge']
+__all__ = ['TRAINER_SETTINGS', 'TfidfReward', 'first_words', 'train_tfidf_reward', 'reward_accuracy', 'save_tfidf_reward',
+           'load_tfidf_reward', 'SequenceClassifierReward', 'run_trainer', 'train_classifier_reward', 'train_reward',
+           'load_reward', 'load_judge']
 
 # %% ../../nbs/rlhf/504_reward.ipynb #1713bf45
 class TfidfReward:
@@ -221,12 +223,30 @@ class SequenceClassifierReward:
 
     __call__ = TfidfReward.__call__
 
+# %% ../../nbs/rlhf/504_reward.ipynb #b5d495ac
+TRAINER_SETTINGS: dict[str, Any] = dict(  # what every training has in common, in our experiments
+    lr_scheduler_type="linear",
+    warmup_steps=0.1,
+    report_to=[],
+    save_strategy="no",
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
+)
+
+
+def run_trainer(
+    trainer: Trainer,  # a trainer of transformers or TRL
+) -> tuple[PreTrainedModel, list[dict]]:  # its model, in evaluation mode, and its log of losses
+    "Train without a word, and give what came out."
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer.model.eval(), [row for row in trainer.state.log_history if "loss" in row]
+
 # %% ../../nbs/rlhf/504_reward.ipynb #1eeebab5
 def train_classifier_reward(
     reviews: Dataset,  # columns `text` and `label`: the reward_train split
     encoder: str | Path,  # folder of an encoder with its tokenizer, such as MiniLM's
-    folder: str
-    | Path,  # folder of the classifier, in the format that `SequenceClassifierReward` reads
+    folder: str | Path,  # folder of the classifier, as `SequenceClassifierReward` reads it
     num_reviews: int = 2400,  # ours: ten minutes on one core
     max_tokens: int = 160,  # ours: the last ones are kept, here and by the reward
     learning_rate: float = 1e-4,  # ours
@@ -255,21 +275,13 @@ def train_classifier_reward(
         num_train_epochs=1,
         per_device_train_batch_size=16,
         seed=seed,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
         train_sampling_strategy="group_by_length",
-        report_to=[],
-        save_strategy="no",
         logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
+        **TRAINER_SETTINGS,
     )
-    trainer = Trainer(
-        model, config, train_dataset=rows, data_collator=DataCollatorWithPadding(tokenizer)
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    trainer.model.save_pretrained(folder)
+    collator = DataCollatorWithPadding(tokenizer)
+    trainer = Trainer(model, config, train_dataset=rows, data_collator=collator)
+    run_trainer(trainer)[0].save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return SequenceClassifierReward(str(folder))
 
@@ -292,7 +304,7 @@ def train_reward(
     save_tfidf_reward(reward, folder)
     return reward
 
-# %% ../../nbs/rlhf/504_reward.ipynb #931e636e
+
 def load_reward(
     name: str,  # the profile's `reward`: "tfidf", "minilm-imdb", a local folder or a Hub id
     folder: str | Path,  # where the prepare experiment saved a trained reward

@@ -12,12 +12,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import InputError
 from ..models import token_logprobs
 from .profiles import Profile
+from .reward import TRAINER_SETTINGS, run_trainer
 
 # %% auto #0
 __all__ = ['beginnings', 'text_logprobs', 'perplexity', 'train_sft']
@@ -66,9 +67,7 @@ def perplexity(
 def train_sft(
     base: PreTrainedModel,  # trained in place
     tokenizer: PreTrainedTokenizerBase,  # tokenizer of the model
-    texts: list[
-        str
-    ],  # reviews of the language-model split; as many are used as the updates read once
+    texts: list[str],  # reviews of the language-model split; as many as the updates read once
     profile: Profile,  # sft_* settings
     out_dir: str | Path,  # folder for the trainer's own files
     seed: int = 0,  # seed of the order
@@ -81,27 +80,21 @@ def train_sft(
         raise InputError(
             f"`sft_updates` is {profile.sft_updates}; give at least 1, or leave the model as it is."
         )
-    rows = beginnings(
-        texts[: profile.sft_updates * profile.sft_batch_size], tokenizer, profile.sft_tokens
-    )
+    texts = texts[: profile.sft_updates * profile.sft_batch_size]
+    rows = beginnings(texts, tokenizer, profile.sft_tokens)
     config = SFTConfig(
         output_dir=str(out_dir),
         max_steps=profile.sft_updates,
         per_device_train_batch_size=profile.sft_batch_size,
         learning_rate=profile.sft_learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=0.1,
         seed=seed,
         logging_steps=1,
         max_length=None,
         packing=False,
         gradient_checkpointing=False,
         bf16=False,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         use_cpu=profile.device == "cpu",
+        **TRAINER_SETTINGS,
     )
     config._n_gpu = min(config.n_gpu, 1)  # or transformers would spread one process over all GPUs
     trainer = SFTTrainer(
@@ -110,6 +103,4 @@ def train_sft(
         train_dataset=Dataset.from_dict(dict(input_ids=rows)),
         processing_class=tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return trainer.model.eval(), [row for row in trainer.state.log_history if "loss" in row]
+    return run_trainer(trainer)

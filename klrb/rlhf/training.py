@@ -43,7 +43,7 @@ from ..rloo import RBRLOOConfig, RBRLOOTrainer
 # %% auto #0
 __all__ = ['rloo_config', 'MetricsCSV', 'train_rloo', 'rloo_run']
 
-# %% ../../nbs/rlhf/513_training.ipynb #67aaa32e
+# %% ../../nbs/rlhf/513_training.ipynb #59aa93ac
 def _batch_per_process(profile: Profile) -> int:
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch` and `torchrun`
     if profile.batch_size % (processes * profile.num_generations):
@@ -54,7 +54,7 @@ def _batch_per_process(profile: Profile) -> int:
         )
     return profile.batch_size // processes
 
-# %% ../../nbs/rlhf/513_training.ipynb #59aa93ac
+
 def rloo_config(
     profile: Profile,  # learning rate, batch, lengths
     out_dir: str | Path,  # folder for the trainer's own files
@@ -341,13 +341,37 @@ def _write_down(out: Path, params: dict, profile: Profile, config: RBRLOOConfig)
     known |= {name: version(name) for name in ("klrb", "torch", "trl", "transformers")}
     path.write_text(json.dumps(known, indent=1))
 
-
+# %% ../../nbs/rlhf/513_training.ipynb #59a23dc5
 def _seconds(metrics: Path, num_iterations: int) -> dict[str, float]:
     "In total, and per update: the median over generation batches but the first, which starts up."
     rows = pd.read_csv(metrics).query("metric == 'seconds'")
     batches = rows.groupby((rows.step - 1) // num_iterations).value.mean()
     usual = batches.iloc[1:].median() if len(batches) > 1 else batches.iloc[0]
     return dict(seconds=rows.value.sum(), seconds_per_update=usual)
+
+
+def _judge(
+    policy: PreTrainedModel, parts: _Parts, profile: Profile, params: dict, out: Path
+) -> None:
+    "Judge the final policy; `result.json` is written last."
+    frame = evaluate_policy(
+        policy,
+        parts.reference,
+        parts.tokenizer,
+        parts.evaluation_prompts,
+        parts.reward,
+        profile,
+        seed=10_000 + params["seed"],
+        judge=parts.judge,
+    )
+    frame.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
+    shutil.rmtree(out / "trainer", ignore_errors=True)  # nothing is left to resume
+    result = dict(
+        params,
+        **summarize_evaluation(frame, params["beta"]),
+        **_seconds(out / "metrics.csv", profile.num_iterations),
+    )
+    write_atomic(out / "result.json", json.dumps(result, indent=1))
 
 # %% ../../nbs/rlhf/513_training.ipynb #59a23dc6
 def rloo_run(
@@ -403,23 +427,6 @@ def rloo_run(
         start=start,
     )
     if config.process_index == 0:
-        frame = evaluate_policy(
-            policy,
-            parts.reference,
-            parts.tokenizer,
-            parts.evaluation_prompts,
-            parts.reward,
-            profile,
-            seed=10_000 + seed,
-            judge=parts.judge,
-        )
-        frame.to_csv(out / "evaluation.csv", index=False, float_format="%.6g")
-        shutil.rmtree(out / "trainer", ignore_errors=True)  # nothing is left to resume
-        result = dict(
-            params,
-            **summarize_evaluation(frame, beta),
-            **_seconds(out / "metrics.csv", profile.num_iterations),
-        )
-        write_atomic(out / "result.json", json.dumps(result, indent=1))
+        _judge(policy, parts, profile, params, out)
     PartialState().wait_for_everyone()
     return json.loads((out / "result.json").read_text())

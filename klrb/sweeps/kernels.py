@@ -28,7 +28,7 @@ from ..errors import StateError
 from ..files import text_digest
 
 # %% auto #0
-__all__ = ['FORKED', 'serve', 'die_with_parent', 'ForkedKernel', 'fork_kernel', 'ForkProvisioner']
+__all__ = ['FORKED', 'serve', 'die_with_parent', 'ForkedKernel', 'fork_kernel', 'stop_servers', 'ForkProvisioner']
 
 # %% ../../nbs/sweeps/600_kernels.ipynb #32d20422
 def serve(
@@ -183,6 +183,14 @@ def fork_kernel(
             return kernel
         _SERVERS.pop(key, None)
     raise StateError("the process that forks kernels does not answer; see log.txt")
+
+# %% ../../nbs/sweeps/600_kernels.ipynb #b63203e6
+def stop_servers() -> None:
+    "End the processes that wait, and with them the kernels that they have forked."
+    while _SERVERS:
+        channel, process = _SERVERS.popitem()[1]
+        channel.close()
+        process.wait()
 
 # %% ../../nbs/sweeps/600_kernels.ipynb #177b9e31
 class ForkProvisioner(LocalProvisioner):

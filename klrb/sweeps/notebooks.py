@@ -42,11 +42,12 @@ from klrb.sweeps.parameters import (
 from klrb.sweeps.runs import (
     Run,
     code_digest,
+    code_of,
     content_digest,
     environment,
+    imports_of,
     locked,
     manifest,
-    named_modules,
     read_json,
     read_record,
 )
@@ -198,7 +199,7 @@ def write_template(
             if not path.is_file():
                 write_atomic(path, text)
 
-# %% ../../nbs/sweeps/603_notebooks.ipynb #5b0c1a08
+
 def set_parameters(
     notebook: Path,  # notebook with a cell tagged `parameters`
     values: dict,  # values of parameters, by name
@@ -306,24 +307,12 @@ def interrupt(
         _signal_kernel(key, signal.SIGINT)
 
 # %% ../../nbs/sweeps/603_notebooks.ipynb #4ba1b7ba
-def _to_import(notebook: Path) -> list[str]:
-    "Modules of klrb that a notebook names, to be imported before its kernel is forked."
-    if Path("/dev/nvidiactl").exists():
-        return []  # an import may look for CUDA, which no process forked after that can use
-    return [f"klrb.{name}" for name in named_modules(_code_of(notebook))]
-
-
-def _code_of(notebook: Path) -> str:
-    cells = json.loads(notebook.read_bytes())["cells"]
-    return "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
-
-
 def _papermill(run: Run, descriptor: int, threads: int | None, log, started: Callable) -> None:
     environ = {**_MALLOC, **os.environ}
     if threads is not None:
         environ["OMP_NUM_THREADS"] = str(threads)
     popen = dict(env=environ, cwd=str(run.folder), stdout=log, stderr=log, pass_fds=[descriptor])
-    imports = dict(modules=_to_import(run.notebook), code=run.facts["code"])
+    imports = dict(modules=imports_of(run.notebook), code=run.facts["code"])
     values = {**run.given, **run.folders, "out_dir": str(run.folder)}
     run_it = partial(execute_with, run.notebook, run.folder / "executed.ipynb", values)
     # Jupyter keeps its event loop in the context, which threads of one worker may share.
@@ -388,7 +377,7 @@ def _record(run: Run, state: str, attempts: list[dict]) -> None:
     record["files"] = manifest(run.folder) if state == "done" else {}
     write_atomic(run.folder / "run.json", json.dumps(record, indent=1))
 
-# %% ../../nbs/sweeps/603_notebooks.ipynb #f241b124
+
 def _attempt(
     run: Run, attempts: list[dict], descriptor: int, threads: int | None, timeout: float | None
 ) -> tuple[str, str]:
@@ -422,7 +411,7 @@ def _attempt(
 
 
 def _start(run: Run) -> None:
-    if code_digest(_code_of(run.notebook)) != run.facts["code"]:
+    if code_digest(code_of(run.notebook)) != run.facts["code"]:
         raise StateError(
             "the code of klrb here is not that of the sweep; it was edited, "
             "or this machine has another version"

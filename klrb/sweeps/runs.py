@@ -23,8 +23,8 @@ from ..errors import StateError
 from ..files import digest, flush, text_digest, write_atomic
 
 # %% auto #0
-__all__ = ['named_modules', 'reached_modules', 'code_digest', 'environment', 'manifest', 'read_json', 'read_record',
-           'read_result', 'damaged', 'content_digest', 'Run', 'locked', 'is_locked']
+__all__ = ['named_modules', 'reached_modules', 'code_digest', 'code_of', 'imports_of', 'environment', 'manifest', 'read_json',
+           'read_record', 'read_result', 'damaged', 'content_digest', 'Run', 'locked', 'is_locked']
 
 # %% ../../nbs/sweeps/601_runs.ipynb #9ca4fd2a
 _PACKAGE = Path(find_spec("klrb").submodule_search_locations[0])
@@ -79,6 +79,23 @@ def code_digest(
     "Digest of the modules of klrb that the notebook reaches, as they are on disk now."
     known = _modules()
     return text_digest({name: digest(known[name]) for name in reached_modules(source)})
+
+# %% ../../nbs/sweeps/601_runs.ipynb #b35ea2b0
+def code_of(
+    notebook: Path,  # notebook, of any version of the format
+) -> str:  # its code cells, one after the other
+    "The code of a notebook."
+    cells = json.loads(notebook.read_bytes())["cells"]
+    return "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
+
+
+def imports_of(
+    notebook: Path,  # notebook of a run
+) -> list[str]:  # names of modules, empty where there is a GPU
+    "Modules of klrb that a notebook imports, for the process that its kernel is forked from."
+    if any(Path(o).exists() for o in ("/dev/nvidiactl", "/dev/kfd")):  # CUDA, ROCm
+        return []
+    return [f"klrb.{name}" for name in named_modules(code_of(notebook))]
 
 # %% ../../nbs/sweeps/601_runs.ipynb #694af8b9
 def environment() -> dict[str, str | int | bool | None]:  # versions, commit, machine

@@ -203,12 +203,10 @@ def finish(runs: list[Run], execution: Execution) -> Counter:
     outcomes = execute_all(todo, execution, known_costs(runs))
     failed = {key: o for key, o in outcomes.items() if o["state"] != "done"}
     if failed:
-        lines = [f"{len(failed)} of {len(runs)} runs failed; the others are finished."]
-        for key, found in list(failed.items())[:20]:
-            lines.append(f"  {key}: {', '.join(filter(None, (found['state'], found['reason'])))}")
-        if len(failed) > 20:
-            lines.append(f"  … and {len(failed) - 20} more")
-        raise SweepFailed("\n".join(lines))
+        lines = [", ".join(filter(None, (o["state"], o["reason"]))) for o in failed.values()]
+        lines = _first_twenty([f"  {key}: {line}" for key, line in zip(failed, lines)])
+        first = f"{len(failed)} of {len(runs)} runs failed; the others are finished."
+        raise SweepFailed("\n".join([first, *lines]))
     return Counter(done=len(runs))
 
 # %% ../../nbs/sweeps/605_sweep.ipynb #8cde2742
@@ -304,13 +302,17 @@ def _prepared(
     return run.folder if run.finished else None
 
 # %% ../../nbs/sweeps/605_sweep.ipynb #06bd3a96
+def _first_twenty(lines: list[str]) -> list[str]:
+    more = len(lines) - 20
+    return lines[:20] + [f"  … and {more} more"] * (more > 0)
+
+
 def _describe(runs: list[Run], execution: Execution) -> Counter:
     todo, costs = [run for run in runs if not run.finished], known_costs(runs)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished" + (":" if todo else ""))
-    for run in todo[:20]:
-        print(f"  {run.name}" + (f", about {costs[run.key]:.0f} s" if run.key in costs else ""))
-    if len(todo) > 20:
-        print(f"  … and {len(todo) - 20} more")
+    about = {key: f", about {seconds:.0f} s" for key, seconds in costs.items()}
+    for line in _first_twenty([f"  {run.name}{about.get(run.key, '')}" for run in todo]):
+        print(line)
     if todo and costs:
         seconds = sum(costs[run.key] for run in todo)
         print(f"about {timedelta(seconds=round(seconds))} of work")

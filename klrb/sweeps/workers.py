@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from ..errors import InputError, MachineError, StateError
 from ..files import text_digest
+from .kernels import stop_servers
 from .notebooks import execute, interrupt, note_failure
 from .runs import Run, is_locked, read_record
 
@@ -110,6 +111,7 @@ def connect(
             client.register_plugin(_IgnoreInterrupt())
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             yield client, threads
+            client.run(stop_servers)  # waited for, they count in the memory that is reported
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
