@@ -18,13 +18,12 @@ from .errors import InputError, UserError
 from .main import main, missing_package, needed_packages
 from .rlhf.profiles import PROFILES, describe_profile
 
-# %% auto #0
-__all__ = ['app', 'sweeps', 'one_line_errors']
-
-# %% ../nbs/sweeps/608_cli.ipynb #7b1d0001
 with needed_packages(__name__):
     import typer
     from typer.core import TyperGroup
+
+# %% auto #0
+__all__ = ['app', 'sweeps', 'one_line_errors']
 
 # %% ../nbs/sweeps/608_cli.ipynb #9f4ff04c
 app = typer.Typer(
@@ -223,7 +222,7 @@ def _status(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
             typer.echo(f"{what} {row['seconds']:7.0f} s  {row['reason']}".rstrip())
         typer.echo(_counts(rows))
 
-# %% ../nbs/sweeps/608_cli.ipynb #aeed3c37
+
 @sweeps.command("retry")
 def _retry(
     out: Path = typer.Argument(help="Folder of a sweep."),
