@@ -37,7 +37,7 @@ from klrb.files import write_atomic
 from klrb.sweeps.study import estimate_study
 from klrb.sweeps.sweep import SweepFailed, retry, sweep
 from test_study import no_kernel, write_notebook  # noqa: F401, a fixture
-from test_trainer import CPU, PROMPTS, count_e
+from trainers import CPU, PROMPTS, count_e
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """base = "paper"
@@ -305,8 +305,7 @@ def test_mixed_precision_ends_with_the_training(tmp_path):
         max_completion_length=6,
         max_steps=1,
         logging_steps=1,
-        bf16=True,
-        **CPU,
+        **CPU | dict(bf16=True),
     )
     trained = train_rloo(
         policy,
