@@ -367,7 +367,8 @@ def test_repr_and_html():
 
 def test_html_without_scipy(monkeypatch):
     "A plain install has none: no interval in the table, and `ci` says what is missing."
-    monkeypatch.setitem(sys.modules, "scipy", None)
+    for name in ("scipy", "scipy.special"):
+        monkeypatch.setitem(sys.modules, name, None)
     intervals.t_quantile.cache_clear()
     e = KLEstimate(1.2345, 0.0567, 64, torch.zeros(64), "rb")
     assert "needs scipy" in e._repr_html_() and "0.057" in e._repr_html_()

@@ -632,7 +632,7 @@ def _place(shards: list[Shard], piece: list, at: int) -> tuple[int, int, int]:
             row, step = places[at].tolist()
             return number, rows.start + row, step
         at -= len(places)
-    raise AssertionError("a piece has as many states as its masks say")
+    raise LookupError("a piece has as many states as its masks say")
 
 # %% ../../nbs/compare/418_stored_kl.ipynb #cfff5809
 def _table(pairs: list, piece: list, firsts: list[int], values: dict[str, Tensor]) -> pd.DataFrame:
