@@ -42,7 +42,7 @@ class LibraryRow:
             found.append((name.removesuffix("!"), sign, tuple(value.split("|"))))
         return found
 
-# %% ../nbs/theory/105_libraries.ipynb #e8c785ec
+
 def library_rows() -> list[LibraryRow]:  # in the order of the file
     "Every row of `assets/libraries.csv`."
     names = [field.name for field in fields(LibraryRow)]
