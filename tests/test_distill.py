@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import socket
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +28,7 @@ from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
 from klrb.rlhf.reward import save_tfidf_reward, train_tfidf_reward
 from klrb.sweeps.parameters import read_grid, read_template
+from trainers import be_one_of_two
 
 CPU = dict(
     report_to=[], gradient_checkpointing=False, disable_tqdm=True, use_cpu=True, save_strategy="no"
@@ -414,15 +414,7 @@ def test_accumulation_changes_nothing(tmp_path, name):
 
 
 def one_of_two(rank, folder, port):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
-    )
-    torch.set_num_threads(1)
+    be_one_of_two(rank, port)
     torch.save({name: train_fixed(folder, name, 2, 2) for name in ARMS}, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 

@@ -1,6 +1,5 @@
 """The RLOO trainer without logits: what it computes, under every way of training."""
 
-import os
 import socket
 from functools import partial
 
@@ -15,7 +14,7 @@ from klrb.models import load_model, load_tokenizer
 from klrb.rlhf.profiles import get_profile
 from klrb.rlhf.judging import evaluate_policy
 from klrb.rloo import RBRLOOTrainer
-from trainers import PROMPTS, count_e, make_trainer, rollout_rows
+from trainers import PROMPTS, be_one_of_two, count_e, make_trainer, rollout_rows
 
 FOUR = PROMPTS.select(range(4))
 make = partial(make_trainer, prompts=FOUR)
@@ -302,15 +301,7 @@ def train_fixed(folder, name, processes):
 
 
 def one_of_two(rank, folder, port):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU="true",
-    )
-    torch.set_num_threads(1)
+    be_one_of_two(rank, port)
     results = {name: train_fixed(folder, name, 2) for name in POLICIES}
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

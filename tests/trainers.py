@@ -1,5 +1,7 @@
 """One small trainer for all tests of the trainer, and one run of it that can be killed."""
 
+import os
+
 import torch
 from datasets import Dataset
 
@@ -27,6 +29,19 @@ TEXTS = [
     "My",
 ]
 PROMPTS = Dataset.from_dict(dict(prompt=TEXTS, label=[0, 1] * 4))
+
+
+def be_one_of_two(rank, port):
+    "The environment that `accelerate launch` gives each of two processes on the CPU."
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
+    torch.set_num_threads(1)
 
 
 class Killed(Exception):
