@@ -61,7 +61,7 @@ test: venv
 	    --skip_file_re '^([_.]|(prepare|variance|steps|rloo|pareto|distill)\.ipynb$$)'
 	$(finish)
 	$(call start,4/4 pytest (its last line gives the time))
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	if [ "$$before" != "$$($(state))" ]; then git status --short; echo "make test has changed the tree" >&2; exit 1; fi
 
 study: venv $(if $(filter smol,$(PROFILE)),smol)
