@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from klrb.best_of_n import best_of_n
 from klrb.errors import InputError, InputTypeError
-from klrb.exact import TabularLM, exact_gradient_moments, exact_kl, exact_moments
+from klrb.exact import TabularLM, enumerate_rollouts, exact_gradient_moments, exact_kl
+from klrb.exact import exact_kl_gradient, exact_moments
 from klrb.exercises import Verdict, check_gradient, check_value
 
 
@@ -204,3 +206,141 @@ def test_verdict_is_readable_and_gives_no_answer_away():
     assert str(verdict).startswith("wrong: bias") and "hint: " in str(verdict)
     exact = exact_kl(TabularLM(2, 3, seed=0, scale=1.0), TabularLM(2, 3, seed=100, scale=1.0))
     assert f"{exact.item():.4g}" not in str(check_value(lambda r: 0 * mc(r) + 1))
+
+
+# ---- exercises that bring models or a target of their own: 812, 815, 816 ----
+
+STUDENT, TEACHER = TabularLM(2, 3, seed=0), TabularLM(2, 3, seed=1)
+
+
+def of_strings(value):
+    "Autograd of `value(log p, log q)` of all strings of the pair"
+    r = enumerate_rollouts(STUDENT, TEACHER)
+    logp, logq = ((o * r.mask).sum(-1) for o in (r.policy_logprobs, r.ref_logprobs))
+    return torch.autograd.grad(value(logp, logq), STUDENT.table)[0]
+
+
+def js_of_texts(logp, logq):
+    logm = (0.5 * (logp.exp() + logq.exp())).log()
+    return 0.5 * (logp.exp() * (logp - logm) + logq.exp() * (logq - logm)).sum()
+
+
+def sum_of_forward(logp, logq):
+    "Expected sum of the steps' KL(teacher || student) over the student's strings"
+    x = enumerate_rollouts(STUDENT, TEACHER)
+    return (logp.exp() * (forward_steps(x) * x.mask).sum(-1)).sum()
+
+
+def forward_steps(r):
+    logp, logq = (o.log_softmax(-1) for o in (r.policy_logits, r.ref_logits))
+    return (logq.exp() * (logq - logp)).sum(-1)
+
+
+def soft(r):
+    return (forward_steps(r) * r.mask).sum(-1).mean()
+
+
+def hard(r):
+    return -score(r).sum(-1).mean()
+
+
+def scored(r):
+    D = forward_steps(r) * r.mask
+    return (D + score(r) * (to_go(D) - D).detach()).sum(-1).mean()
+
+
+def to_mixture(r, own_prefix):
+    "`rb` towards the mean of both models: of texts, or of next-token distributions"
+    both = torch.stack([r.policy_logits, r.ref_logits]).detach().log_softmax(-1)
+    drawn = torch.stack([r.policy_logprobs, r.ref_logprobs]).detach() * r.mask
+    weight = (own_prefix * (drawn.cumsum(-1) - drawn)).log_softmax(0)[..., None]
+    logp, logm = r.policy_logits.log_softmax(-1), (weight + both).logsumexp(0)
+    K = (logp.exp() * (logp - logm)).sum(-1) * r.mask
+    return 0.5 * (K + score(r) * (to_go(K) - K).detach()).sum(-1).mean()
+
+
+def forward_of_texts(logp, logq):
+    return (logq.exp() * (logq - logp)).sum()
+
+
+DIRECTIONS = {
+    "812.2 soft": (soft, forward_of_texts, TEACHER, True),
+    "812.2 hard": (hard, forward_of_texts, TEACHER, True),
+    "812.2 soft, the student's strings": (soft, forward_of_texts, None, False),
+    "812.2 hard, the student's strings": (hard, forward_of_texts, None, False),
+    "812.2 the other sign": (lambda r: -hard(r), forward_of_texts, TEACHER, False),
+    "812.3 with its score": (scored, sum_of_forward, None, True),
+    "812.3 held fixed": (soft, sum_of_forward, None, False),
+    "812.3 the future twice": (lambda r: 2 * scored(r) - soft(r), sum_of_forward, None, False),
+    "812.6 of texts": (lambda r: to_mixture(r, 1.0), js_of_texts, None, True),
+    "812.6 of steps": (lambda r: to_mixture(r, 0.0), js_of_texts, None, False),
+    "812.6 towards the teacher": (rb, js_of_texts, None, False),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_other_directions_are_marked(name):
+    function, value, sampler, right = DIRECTIONS[name]
+    given = dict(policy=STUDENT, reference=TEACHER, sampler=sampler, target=of_strings(value))
+    verdict = check_gradient(function, **given)
+    assert bool(verdict) == right and (verdict.bias > 0.1) == (not right)
+    assert bool(verdict.where) == (not right)
+
+
+def best_of_four():
+    "Best of four as a model, its reference, and the probability of each reward"
+    reference = TabularLM(2, 3, seed=0)
+    r = enumerate_rollouts(reference, reference)
+    reward = ((r.completion_ids == 0) * r.mask).sum(-1).double()
+    weights, model = best_of_n(r.prob, reward, 4), TabularLM(2, 3)
+    rows = model.prefix_rows(r.completion_ids)
+    with torch.no_grad():
+        model.table.zero_()
+        for n in range(3):
+            index = rows[:, n], r.completion_ids[:, n]
+            model.table.index_put_(index, weights * r.mask[:, n], accumulate=True)
+        model.table.log_()
+    return model, reference, torch.stack([r.prob[reward == o].sum() for o in range(4)])
+
+
+@pytest.mark.parametrize(
+    "form, right",
+    [
+        (lambda at, below: ((at**4 - below**4) / (at - below)).log(), True),
+        (lambda at, below: math.log(4) + 3 * at.log(), False),  # as if no two rewards tied
+        (lambda at, below: (at**4 - below**4).log(), False),  # of the level, not of the string
+        (lambda at, below: ((at**3 - below**3) / (at - below)).log(), False),  # best of three
+    ],
+)
+def test_best_of_four_is_marked(form, right):
+    model, reference, levels = best_of_four()
+
+    def answer(r):
+        after = levels.cumsum(0)
+        level = ((r.completion_ids == 0) * r.mask).sum(-1)
+        return form(after[level], (after - levels)[level])
+
+    for method in ("mc", None):
+        verdict = check_value(answer, method, policy=model, reference=reference)
+        assert bool(verdict) == right and (abs(verdict.bias) > 0.01) == (not right)
+
+
+def beta_of(r):
+    "Where a budget would put beta after one rollout"
+    return 0.5 * (mc(r).detach() - 1).clamp(-1, 1).exp()
+
+
+def weighed(r, pair):
+    K = exact_steps(r) * r.mask
+    each = (K + score(r) * (to_go(K) - K).detach()).sum(-1).view(-1, 2)
+    own = beta_of(r).view(-1, 2)
+    return (each * dict(own=own, other=own.flip(1), mean=own.mean(1, True))[pair]).mean()
+
+
+@pytest.mark.parametrize("pair, right", [("other", True), ("own", False), ("mean", False)])
+def test_beta_of_the_same_batch_is_marked(pair, right):
+    "816.5; the mean over the batch holds the own rollout too, and has half of the bias"
+    r = enumerate_rollouts(STUDENT, TEACHER)
+    target = (r.prob * beta_of(r)).sum() * exact_kl_gradient(STUDENT, TEACHER)
+    verdict = check_gradient(lambda r: weighed(r, pair), STUDENT, TEACHER, target, group_size=2)
+    assert bool(verdict) == right and (verdict.bias > 0.1) == (not right)
