@@ -381,7 +381,7 @@ def say_plainly():
 def wait():
     with klrb.cli.one_line_errors():
         typer.echo("ready")
-        for _ in range(6000): time.sleep(0.1)  # a signal just before one long sleep is seen after it
+        for _ in range(6000): time.sleep(0.1)  # a signal just before a sleep is seen after it
 """
 
 
