@@ -193,10 +193,9 @@ def readable(
 
 @contextmanager
 def _loading(name: str, files: dict[str, Any]) -> Iterator[None]:
-    presets = ", ".join(PRESETS)
     advice = (
         "Give a folder with config.json, safetensors and tokenizer, a GGUF file, a preset "
-        f"({presets}), or a Hub id (which needs a network or a filled cache)."
+        f"({', '.join(PRESETS)}), or a Hub id (which needs a network or a filled cache)."
     )
     where = files["pretrained_model_name_or_path"]
     with readable(f"`model` is {name!r}, and loading it", advice), hub_or_cache(where):

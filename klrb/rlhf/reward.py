@@ -260,9 +260,8 @@ def train_classifier_reward(
     model = AutoModelForSequenceClassification.from_pretrained(
         encoder, num_labels=2, use_safetensors=True, trust_remote_code=False
     )
-    rows = Dataset.from_dict(
-        dict(tokenizer(texts, truncation=True), labels=list(reviews["label"]) * 2)
-    )
+    encoded = tokenizer(texts, truncation=True)
+    rows = Dataset.from_dict(dict(encoded, labels=list(reviews["label"]) * 2))
     config = TrainingArguments(
         output_dir=str(folder),
         learning_rate=learning_rate,
