@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from pathlib import Path
 from . import __version__
 from .errors import InputError, UserError
 from .main import main, missing_package, needed_packages
-from .rlhf.profiles import PROFILES, describe_profile
+from .rlhf.profiles import PROFILES, Profile, check_downloads, describe_profile, get_profile
 
 with needed_packages(__name__):
     import typer
@@ -167,6 +169,32 @@ _RETRIES = typer.Option(1, help="Further attempts of a run that failed.")
 _CACHE = typer.Option(
     None, envvar="KLRB_CACHE", help="Folder of shared preparations.", show_default="OUT/cache"
 )
+_PROFILE = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file.")
+_START = typer.Option("reference", help="Policy that RLOO starts from: reference or dpo.")
+_PREPARE_DIR = typer.Option(..., help="Finished preparation: OUT/cache/prepare/NAME of a study.")
+_RUN_OUT = typer.Option(..., help="Folder of the run; a killed run goes on in it.")
+_SEED = typer.Option(0, help="Seed of the sampling and of the order of prompts.")
+_UPDATES = typer.Option(None, min=1, help="Optimiser steps.", show_default="the profile's")
+_SAVE_EVERY = typer.Option(20, min=0, help="Updates between checkpoints; 0: none.")
+_PROFILES = "\n\n".join(
+    [
+        "Profiles:",
+        *(describe_profile(profile) for profile in PROFILES.values()),
+        'A .toml file has base = "paper" (or another) and the settings to replace: '
+        "models on your disk, device, sizes.",
+    ]
+)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1."
+        ) from None
+
+# %% ../nbs/sweeps/608_cli.ipynb #792f5b42
 _EXAMPLE = """Example:
 
 klrb sweep nbs/experiments/rloo.ipynb --grid kl_estimator=mc,rb --seeds 5 --out outputs/runs/mine
@@ -250,20 +278,10 @@ def _report(out: Path = typer.Argument(help="Folder of a sweep.")) -> None:
         with _sweep_endings(out):
             typer.echo(f"in {render(out)}")
 
-# %% ../nbs/sweeps/608_cli.ipynb #c05e0bd0
-_PROFILES = "\n\n".join(
-    [
-        "Profiles:",
-        *(describe_profile(profile) for profile in PROFILES.values()),
-        'A .toml file has base = "paper" (or another) and the settings to replace: '
-        "models on your disk, device, sizes.",
-    ]
-)
-
-
+# %% ../nbs/sweeps/608_cli.ipynb #c05e0bd2
 @app.command("study", epilog=_PROFILES)
 def _study(
-    profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
+    profile: str = _PROFILE,
     out: Path = typer.Option(
         None, help="Folder of the study.", show_default="outputs/runs/PROFILE"
     ),
@@ -274,7 +292,7 @@ def _study(
     betas: str = typer.Option(None, help="Comma-separated, e.g. 0.2,0.5,1."),
     seeds: int = typer.Option(None, min=1, help="Runs per estimator and beta."),
     updates: int = typer.Option(None, min=1, help="Optimiser steps per run."),
-    start: str = typer.Option("reference", help="Policy that RLOO starts from: reference or dpo."),
+    start: str = _START,
     workers: int = _WORKERS,
     threads: int = _THREADS,
     scheduler: str = _SCHEDULER,
@@ -284,7 +302,6 @@ def _study(
 ) -> None:
     "Run the whole study of a profile; finished runs are skipped."
     with one_line_errors():
-        from klrb.rlhf.profiles import get_profile
         from klrb.sweeps.study import execute_study
         from klrb.sweeps.workers import Execution
 
@@ -300,84 +317,78 @@ def _study(
             execution = Execution(workers, threads, scheduler, timeout, retries)
             execute_study(settings, out, notebooks, execution, start, cache)
 
+# %% ../nbs/sweeps/608_cli.ipynb #832801c3
+@contextmanager
+def _a_run(profile: str) -> Iterator[Profile]:
+    "Around one run: its settings, once all that they name is here."
+    with one_line_errors():
+        _quiet_loading()
+        settings = get_profile(profile)
+        check_downloads(settings)
+        yield settings
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"`betas` is {text!r}; give numbers separated by commas, e.g. 0.2,0.5,1."
-        ) from None
 
-# %% ../nbs/sweeps/608_cli.ipynb #ab92d74a
+def _print_scores(result: dict, *names: str) -> None:
+    "What a run came to; of several processes the first speaks."
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for name in names:
+        typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
+
+
+def _quiet_loading() -> None:
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 @app.command("rloo")
 def _rloo(
-    prepare_dir: Path = typer.Option(
-        ..., help="Finished preparation: OUT/cache/prepare/NAME of a study."
-    ),
-    out: Path = typer.Option(..., help="Folder of the run; a killed run goes on in it."),
-    profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
+    prepare_dir: Path = _PREPARE_DIR,
+    out: Path = _RUN_OUT,
+    profile: str = _PROFILE,
     estimator: str = typer.Option(
         "rb", help="Of the KL in the update: mc, mc_to_go, rb_sequence, rb or fitted."
     ),
     beta: float = typer.Option(None, help="Weight of the KL.", show_default="the profile's"),
-    seed: int = typer.Option(0, help="Seed of the sampling and of the order of prompts."),
-    start: str = typer.Option("reference", help="Policy that RLOO starts from: reference or dpo."),
-    updates: int = typer.Option(None, min=1, help="Optimiser steps.", show_default="the profile's"),
-    save_every: int = typer.Option(20, min=0, help="Updates between checkpoints; 0: none."),
+    seed: int = _SEED,
+    start: str = _START,
+    updates: int = _UPDATES,
+    save_every: int = _SAVE_EVERY,
 ) -> None:
     "Train and judge one policy; under `accelerate launch -m klrb.cli rloo ...` on several devices."
-    with one_line_errors():
-        _quiet_loading()
-        import os
-        from klrb.rlhf.profiles import check_downloads, get_profile
+    with _a_run(profile) as settings:
         from klrb.rlhf.training import rloo_run
 
-        settings = get_profile(profile)
-        check_downloads(settings)
-        result = rloo_run(
-            settings, prepare_dir, out, estimator, beta, seed, start, updates, save_every
-        )
-        if os.environ.get("RANK", "0") != "0":
-            return  # the first process speaks
-        for name in ("reward", "kl_rb", "kl_mc", "objective"):
-            typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
+        chosen = estimator, beta, seed, start, updates, save_every
+        result = rloo_run(settings, prepare_dir, out, *chosen)
+        _print_scores(result, "reward", "kl_rb", "kl_mc", "objective")
 
 # %% ../nbs/sweeps/608_cli.ipynb #d15711a1
 @app.command("distill")
 def _distill(
-    prepare_dir: Path = typer.Option(
-        ..., help="Finished preparation: OUT/cache/prepare/NAME of a study."
-    ),
-    out: Path = typer.Option(..., help="Folder of the run; a killed run goes on in it."),
-    profile: str = typer.Option("pocket", help="smoke, pocket, smol, paper, or a .toml file."),
+    prepare_dir: Path = _PREPARE_DIR,
+    out: Path = _RUN_OUT,
+    profile: str = _PROFILE,
     gradient: str = typer.Option(
         "rb", help="What is followed: rb, rb_topk, mc_to_go, mc, step, vopd or k1."
     ),
     teacher: str = typer.Option("dpo", help="dpo, reference, or a model's name."),
     student: str = typer.Option("reference", help="The same; it is trained."),
     learning_rate: float = typer.Option(None, help="At the start.", show_default="the profile's"),
-    seed: int = typer.Option(0, help="Seed of the sampling and of the order of prompts."),
-    updates: int = typer.Option(None, min=1, help="Optimiser steps.", show_default="the profile's"),
-    save_every: int = typer.Option(20, min=0, help="Updates between checkpoints; 0: none."),
+    seed: int = _SEED,
+    updates: int = _UPDATES,
+    save_every: int = _SAVE_EVERY,
 ) -> None:
     "Distil a teacher into a student and judge it; several devices as with `klrb rloo`."
-    with one_line_errors():
-        _quiet_loading()
-        import os
+    with _a_run(profile) as settings:
         from klrb.rlhf.distilling import distill_run
-        from klrb.rlhf.profiles import check_downloads, get_profile
 
-        settings = get_profile(profile)
-        check_downloads(settings)
-        models = teacher, student, learning_rate
-        result = distill_run(
-            settings, prepare_dir, out, gradient, *models, seed, updates, save_every
-        )
-        if os.environ.get("RANK", "0") != "0":
-            return  # the first process speaks
-        for name in ("kl_rb", "kl_mc", "reward"):
-            typer.echo(f"{name:10}{result[name]:8.3f} ± {result[name + '_stderr']:.3f}")
+        chosen = gradient, teacher, student, learning_rate, seed, updates, save_every
+        result = distill_run(settings, prepare_dir, out, *chosen)
+        _print_scores(result, "kl_rb", "kl_mc", "reward")
 
 # %% ../nbs/sweeps/608_cli.ipynb #714d0ec1
 @app.command("measure")
@@ -448,7 +459,7 @@ def _measure(
         False, "--trust-remote-code", help="Run code that comes with a checkpoint."
     ),
     batch_tokens: int = typer.Option(4096, help="Tokens at a time; lower it when memory runs out."),
-    seed: int = typer.Option(0, help="Seed of the sampling and of the order of prompts."),
+    seed: int = _SEED,
     save: Path = typer.Option(None, help="New folder for tables, figures and rollouts."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
@@ -457,45 +468,6 @@ def _measure(
     with one_line_errors():
         _quiet_loading()
         _show(_measured(given), as_json)
-
-# %% ../nbs/sweeps/608_cli.ipynb #34eeec34
-def _measured(given: dict):
-    "The measurement that the options ask for."
-    from inspect import signature
-    from klrb.measure import measure_kl
-    from klrb.compare.stored import measure_hidden
-    from klrb.compare.text import measure_text
-    from klrb.compare.topk import measure_topk
-
-    functions = dict(
-        hidden=measure_hidden, topk=measure_topk, text=measure_text, prompts=measure_kl
-    )
-    found = (o for o in ("hidden", "topk", "text") if given[o] not in (None, [], ()))
-    mode = next(found, "prompts")
-    allowed = signature(functions[mode]).parameters
-    for other, function in functions.items():
-        how = f"without `{other}`" if mode == "prompts" else f"together with `{mode}`"
-        for name, parameter in signature(function).parameters.items():
-            unset = given.get(name) in (None, [], (), parameter.default)
-            if not (unset or name in allowed):
-                raise InputError(
-                    f"`{name}` is {given[name]!r}, which means nothing {how}; leave it out."
-                )
-    for role in ("policy", "reference"):
-        if role in allowed and given[role] is None:
-            raise InputError(
-                f"`{role}` is missing; give two models, or stored numbers with --hidden or --topk."
-            )
-    return functions[mode](**{name: o for name, o in given.items() if name in allowed})
-
-
-def _quiet_loading() -> None:
-    import warnings
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def _show(measured, as_json: bool) -> None:
@@ -526,6 +498,36 @@ def _show(measured, as_json: bool) -> None:
     ]
     if unreachable:
         raise InputError(f"the tolerance cannot be reached: {unreachable[0].why}.")
+
+# %% ../nbs/sweeps/608_cli.ipynb #34eeec34
+def _measured(given: dict):
+    "The measurement that the options ask for."
+    from inspect import signature
+    from klrb.measure import measure_kl
+    from klrb.compare.stored import measure_hidden
+    from klrb.compare.text import measure_text
+    from klrb.compare.topk import measure_topk
+
+    functions = dict(
+        hidden=measure_hidden, topk=measure_topk, text=measure_text, prompts=measure_kl
+    )
+    found = (o for o in ("hidden", "topk", "text") if given[o] not in (None, [], ()))
+    mode = next(found, "prompts")
+    allowed = signature(functions[mode]).parameters
+    for other, function in functions.items():
+        how = f"without `{other}`" if mode == "prompts" else f"together with `{mode}`"
+        for name, parameter in signature(function).parameters.items():
+            unset = given.get(name) in (None, [], (), parameter.default)
+            if not (unset or name in allowed):
+                raise InputError(
+                    f"`{name}` is {given[name]!r}, which means nothing {how}; leave it out."
+                )
+    for role in ("policy", "reference"):
+        if role in allowed and given[role] is None:
+            raise InputError(
+                f"`{role}` is missing; give two models, or stored numbers with --hidden or --topk."
+            )
+    return functions[mode](**{name: o for name, o in given.items() if name in allowed})
 
 # %% ../nbs/sweeps/608_cli.ipynb #d0c70002
 @app.command("doctor", context_settings=dict(ignore_unknown_options=True, allow_extra_args=True))
@@ -563,6 +565,6 @@ def _doctor(
         if not (diagnosis.healthy or diagnosis.unbiased is None and not diagnosis.problems):
             raise typer.Exit(1)
 
-# %% ../nbs/sweeps/608_cli.ipynb #dc8e1b54
+
 if __name__ == "__main__" and "__file__" in globals():
     main()  # not in this notebook

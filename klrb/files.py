@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, distribution
@@ -18,7 +20,7 @@ from .errors import InputError, MissingFileError
 
 # %% auto #0
 __all__ = ['PACKAGED', 'flush', 'write_atomic', 'text_digest', 'digest', 'PackagedFile', 'packaged_file', 'split_revision',
-           'download_command', 'hub_folder']
+           'download_command', 'hub_folder', 'hub_or_cache']
 
 # %% ../nbs/ground/002_files.ipynb #6767cea9
 def flush(
@@ -200,3 +202,30 @@ def hub_folder(
         f"the copy here has no {' or '.join(wanted)}; run `{command}`"
         + (hint if kind == "model" else "")
     )
+
+# %% ../nbs/ground/002_files.ipynb #c38cf261
+@contextmanager
+def hub_or_cache(
+    name: str,  # Hub id or local path
+) -> Iterator[None]:
+    "While a name is loaded: from its path, the Hub, or the cache if the Hub does not answer."
+    from huggingface_hub import constants
+
+    given = constants.HF_HUB_OFFLINE
+    try:
+        if not (given or Path(name).exists()):
+            constants.HF_HUB_OFFLINE = not _hub_answers()
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = given
+
+
+def _hub_answers() -> bool:
+    "Whether the Hub can be reached, whatever it says, found out by one request."
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of the library below the Hub's client, which changes with its version
+        return False
+    return True

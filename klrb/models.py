@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from .errors import InputError, MachineError, UserError
-from .files import digest, packaged_file, split_revision
+from .files import digest, hub_or_cache, packaged_file, split_revision
 from .gguf_files import load_gguf
 
 # %% auto #0
@@ -191,13 +191,15 @@ def readable(
         raise InputError(f"{what} failed: {one_line(error)} {advice}".rstrip()) from error
 
 
-def _loading(name: str) -> AbstractContextManager[None]:
-    presets = ", ".join(PRESETS)
-    return readable(
-        f"`model` is {name!r}, and loading it",
+@contextmanager
+def _loading(name: str, files: dict[str, Any]) -> Iterator[None]:
+    advice = (
         "Give a folder with config.json, safetensors and tokenizer, a GGUF file, a preset "
-        f"({presets}), or a Hub id (which needs a network or a filled cache).",
+        f"({', '.join(PRESETS)}), or a Hub id (which needs a network or a filled cache)."
     )
+    where = files["pretrained_model_name_or_path"]
+    with readable(f"`model` is {name!r}, and loading it", advice), hub_or_cache(where):
+        yield
 
 # %% ../nbs/compare/402_models.ipynb #7c1d20ad
 def load_tokenizer(
@@ -217,7 +219,7 @@ def load_tokenizer(
 
         name = str(llama_file(name))
     files = _files(name)
-    with _loading(name):
+    with _loading(name, files):
         tokenizer = AutoTokenizer.from_pretrained(
             **files, padding_side="left", trust_remote_code=trust_remote_code
         )
@@ -283,7 +285,7 @@ def load_model(
 # %% ../nbs/compare/402_models.ipynb #51a0c404
 def _read_weights(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     files = _files(name)
-    with _loading(name):
+    with _loading(name, files):
         if "gguf_file" in files:
             model, info = load_gguf(
                 Path(name).expanduser(), dtype, trust_remote_code=trust_remote_code

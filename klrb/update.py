@@ -37,6 +37,35 @@ def update_coefficients(
         raise InputError(f"`method` is {method!r}; it must be one of {', '.join(known)}.")
     return known[method]
 
+
+def _scale_gradient(values, share):
+    "The same values; what flows back through them is multiplied by each rollout's share."
+    if values is None:
+        return None
+    values = values.to(share.dtype)  # a share would lose digits in bfloat16
+    scaled = values.detach() + share[:, None] * (values - values.detach())
+    return torch.where(values.isfinite(), scaled, values)
+
+
+def _shares(coefficients, beta, rewards):
+    "Each rollout's share of every method (eq. 4), (B,) each."
+    past = _per_rollout("past", coefficients.past, rewards)
+    noise = _per_rollout("noise", coefficients.noise, rewards)
+    return dict(rb=beta - past, rb_sequence=past - noise, mc=noise)
+
+
+def _weighted(method, share, policy_logprobs, ref_logprobs, mask, step_kl, baseline, given):
+    "The surrogate of a method, with each rollout's share of its gradient."
+    return kl_surrogate(
+        method,
+        _scale_gradient(policy_logprobs, share),
+        ref_logprobs,
+        mask,
+        _scale_gradient(step_kl, share),
+        baseline=getattr(baseline, method, baseline),
+        **given,
+    )
+
 # %% auto #0
 __all__ = ['UpdateCoefficients', 'update_coefficients', 'UpdateBaseline', 'update_baseline', 'update_surrogate',
            'update_statistics', 'CoefficientFit']
@@ -128,20 +157,6 @@ def update_baseline(
     mean = _leave_one_out(rewards[:, None], mask, prompt_ids)[:, 0]
     return UpdateBaseline(mean, **kl, others=others)
 
-# %% ../nbs/theory/106_update.ipynb #61fb3b1a
-def _reward_score(weights, policy_logprobs, old_logprobs, mask, max_ratio):
-    "Zero, with the gradient of each rollout's weighted score; and its ratio, (B,) each."
-    kept = mask & (policy_logprobs != -torch.inf)
-    logprob = policy_logprobs.to(weights.dtype).masked_fill(~kept, 0.0).sum(-1)
-    ratio = torch.ones_like(weights)
-    if old_logprobs is not None:
-        excluded = (mask & ~kept).any(-1)  # the policy cannot draw this rollout any more
-        old = old_logprobs.to(weights.dtype).masked_fill(~kept, 0.0).sum(-1)
-        ratio = (logprob.detach() - old).exp().masked_fill(excluded, 0.0)
-        if max_ratio is not None:
-            ratio = ratio.clamp(max=max_ratio)
-    return (logprob - logprob.detach()) * weights * ratio, ratio
-
 
 def _reward_centre(baseline, rewards, mask, prompt_ids):
     "What is subtracted from each reward, (B,) or 0."
@@ -154,13 +169,18 @@ def _reward_centre(baseline, rewards, mask, prompt_ids):
     return 0.0
 
 
-def _scale_gradient(values, share):
-    "The same values; what flows back through them is multiplied by each rollout's share."
-    if values is None:
-        return None
-    values = values.to(share.dtype)  # a share would lose digits in bfloat16
-    scaled = values.detach() + share[:, None] * (values - values.detach())
-    return torch.where(values.isfinite(), scaled, values)
+def _reward_score(weights, policy_logprobs, old_logprobs, mask, max_ratio):
+    "Zero, with the gradient of each rollout's weighted score; and its ratio, (B,) each."
+    kept = mask & (policy_logprobs != -torch.inf)
+    logprob = policy_logprobs.to(weights.dtype).masked_fill(~kept, 0.0).sum(-1)
+    ratio = torch.ones_like(weights)
+    if old_logprobs is not None:
+        excluded = (mask & ~kept).any(-1)  # the policy cannot draw this rollout any more
+        old = old_logprobs.to(weights.dtype).masked_fill(~kept, 0.0).sum(-1)
+        ratio = (logprob.detach() - old).exp().masked_fill(excluded, 0.0)
+        if max_ratio is not None:
+            ratio = ratio.clamp(max=max_ratio)
+    return (logprob - logprob.detach()) * weights * ratio, ratio
 
 # %% ../nbs/theory/106_update.ipynb #bdf3127c
 def update_surrogate(
@@ -186,33 +206,19 @@ def update_surrogate(
     )
     _check_beta(beta)
     rewards = _check_rewards(rewards, mask, policy_logprobs)
-    past = _per_rollout("past", coefficients.past, rewards)
-    noise = _per_rollout("noise", coefficients.noise, rewards)
-    shares = dict(rb=beta - past, rb_sequence=past - noise, mc=noise)  # eq. 4
-    options = dict(old_logprobs=old_logprobs, prompt_ids=prompt_ids, max_ratio=max_ratio)
+    shares = _shares(coefficients, beta, rewards)
+    given = dict(old_logprobs=old_logprobs, prompt_ids=prompt_ids, max_ratio=max_ratio)
+    exact = None if step_kl is None else step_kl.detach()
     kl = kl_surrogate(
-        valued,
-        policy_logprobs.detach(),
-        ref_logprobs,
-        mask,
-        None if step_kl is None else step_kl.detach(),
-        baseline=None,
-        **options,
+        valued, policy_logprobs.detach(), ref_logprobs, mask, exact, baseline=None, **given
     )
     centre = _reward_centre(baseline, rewards, mask, prompt_ids)
     score, ratio = _reward_score(rewards - centre, policy_logprobs, old_logprobs, mask, max_ratio)
     loss = -score.sum() / len(rewards)
+    logprobs = policy_logprobs, ref_logprobs
     for method, share in shares.items():
         if (share != 0).any():
-            loss = loss + kl_surrogate(
-                method,
-                _scale_gradient(policy_logprobs, share),
-                ref_logprobs,
-                mask,
-                _scale_gradient(step_kl, share),
-                **options,
-                baseline=getattr(baseline, method, baseline),
-            )
+            loss = loss + _weighted(method, share, *logprobs, mask, step_kl, baseline, given)
     value = beta * kl - (ratio * rewards).sum() / len(rewards)
     return loss - loss.detach() + value.detach()
 
@@ -285,7 +291,7 @@ class CoefficientFit:
         beta: float,  # weight of the KL in the objective
     ) -> UpdateCoefficients:  # zero, which is rb, until there is something to fit
         "The fit to all earlier batches."
-        past, noise = self._solve(self.sums, torch.tensor(self.rollouts), beta).tolist()
+        past, noise = self.solve(self.sums, torch.tensor(self.rollouts), beta).tolist()
         return UpdateCoefficients(past, noise)
 
     def leave_prompt_out(
@@ -308,7 +314,7 @@ class CoefficientFit:
         counts.index_add_(0, group, _informative(statistics))
         sums = self.decay * self.sums + prompts.sum(0) - prompts
         rollouts = self.decay * self.rollouts + counts.sum() - counts
-        past, noise = self._solve(sums, rollouts, beta)[group].unbind(-1)
+        past, noise = self.solve(sums, rollouts, beta)[group].unbind(-1)
         return UpdateCoefficients(past, noise)
 
     def state_dict(self) -> dict:  # tensors and numbers
@@ -339,8 +345,13 @@ class CoefficientFit:
         self.sums = self._checked(state["sums"][None])[0].clone()
         self.rollouts = float(state["rollouts"])
 
-    def _solve(self, sums, rollouts, beta):
-        "Coefficients (past, noise) from sums of products, (..., 2)."
+    def solve(
+        self,
+        sums: Tensor,  # of `update_statistics` over some rollouts, (..., 5, 5)
+        rollouts: Tensor,  # how many of them say anything, (...)
+        beta: float,  # weight of the KL in the objective
+    ) -> Tensor:  # past and noise, (..., 2)
+        "The fit to given sums: to one, or to many at once."
         _check_beta(beta)
         weight = sums[..., 0, 0] / rollouts.double().clamp(min=1e-300)  # of one rollout
         ridge = (self.prior_rollouts * weight)[..., None]

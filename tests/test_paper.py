@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
 import pytest
 import torch
@@ -26,11 +28,13 @@ from typer.testing import CliRunner
 
 import klrb.rlhf.training
 from klrb.cli import app
+from klrb.compare.prompts import read_prompts
 from klrb.models import load_model, load_tokenizer
 from klrb.sweeps.notebooks import make_runs, write_template
 from klrb.sweeps.parameters import read_template
 from klrb.rlhf.profiles import PROFILES, check_downloads, get_profile, to_toml
 from klrb.rlhf.reviews import load_reviews, make_prompts, split_reviews
+from klrb.rlhf.reward import SequenceClassifierReward
 from klrb.rlhf.training import _batch_per_process, train_rloo
 from klrb.rloo import RBRLOOConfig
 from klrb.files import write_atomic
@@ -395,6 +399,66 @@ def test_offline_with_local_copies(no_hub, hub):
     check_downloads(get_profile("paper", reviews="synthetic", **local))
     with pytest.raises(ValueError, match="gives no stanfordnlp/imdb "):
         check_downloads(get_profile("paper", **local))
+
+
+@pytest.fixture
+def requests(monkeypatch):
+    """What is asked of the Hub, in a list whose first entry decides whether anybody answers.
+
+    Nothing leaves this machine, and nobody waits before asking again.
+    """
+    asked = [False]
+    http = import_module(type(huggingface_hub.get_session()).__module__.partition(".")[0])
+
+    def answer(request):
+        asked.append(str(request.url))
+        if not asked[0]:
+            raise http.ConnectError("no route")
+        return http.Response(404)
+
+    def wait(seconds):
+        raise AssertionError("waits and tries again")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", wait)
+    made = huggingface_hub.utils._http._GLOBAL_CLIENT_FACTORY
+
+    def client():
+        client = made()  # with the hook that keeps a client offline
+        client._transport, client._mounts = http.MockTransport(answer), {}
+        return client
+
+    huggingface_hub.set_client_factory(client)
+    yield asked
+    huggingface_hub.set_client_factory(made)
+
+
+def test_without_a_network_only_the_cache_is_asked_and_at_once(requests, hub, monkeypatch):
+    "The Hub's clients would try for 23 seconds, a file at a time."
+    for load in (load_model, load_tokenizer, SequenceClassifierReward):
+        with pytest.raises(ValueError, match="no/such-model"):
+            load("no/such-model")
+    with pytest.raises(ValueError, match="no/such-data"):
+        read_prompts("no/such-data")
+    assert requests[1:] == ["https://huggingface.co"] * 4
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(hub))
+    assert load_model("lvwerra/gpt2-imdb@refs/pr/1").config.n_embd == 32
+    assert len(load_tokenizer("lvwerra/gpt2-imdb@refs/pr/1")) == 4096
+    assert requests[1:] == ["https://huggingface.co"] * 6
+
+
+def test_where_there_is_a_network_the_hub_is_asked_for_the_files(requests):
+    requests[0] = True
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match="no/such-model"):
+            load("no/such-model")
+        assert any(o.endswith("no/such-model/resolve/main/config.json") for o in requests[1:])
+        del requests[1:]
+    with pytest.raises(ValueError, match="no/such-data"):
+        read_prompts("no/such-data")
+    assert any("datasets/no/such-data/" in o for o in requests[1:])
 
 
 def test_a_checkpoint_without_safetensors(no_hub, tmp_path):

@@ -526,6 +526,22 @@ def test_fit_finds_coefficients_that_were_put_in():
     assert 0.01 < math.hypot(past - 0.5, noise - 0.5) < 0.27
 
 
+def test_many_fits_at_once_find_what_was_put_in():
+    "Sums of three batches below each other, as stacks of runs have them."
+    x, noises = rollouts(8), (0.8, -0.3, 2.0)
+    mask = x["mask"].bool()
+    lp, kl, lq = (torch.where(mask, x[o].detach(), 0.0).sum(1) for o in ("lp", "step", "lq"))
+    batches = []
+    for noise in noises:
+        x["rewards"] = noise * (lp - lq - kl) + 0.5 * kl
+        baseline = update_baseline(*given(x), prompt_ids=x["prompts"])
+        batches.append(update_statistics(*given(x), baseline))
+    sums = torch.stack([o.sum(0) for o in batches])
+    found = CoefficientFit(prior_rollouts=0.0).solve(sums, torch.full((3,), 6.0), 0.5)
+    expected = torch.tensor([(0.5, noise) for noise in noises], dtype=torch.float64)
+    assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_decay_and_state():
     statistics = [
         update_statistics(*given(x), update_baseline(*given(x), prompt_ids=x["prompts"]))

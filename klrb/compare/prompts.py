@@ -22,6 +22,7 @@ from typing import Any
 import tqdm
 
 from ..errors import InputError, InputTypeError, MissingFileError
+from ..files import hub_or_cache
 
 # %% auto #0
 __all__ = ['split_lines', 'read_rows', 'quiet_loading', 'ROLES', 'check_row', 'read_prompts', 'prompt_text', 'closing_tokens', 'encode_prompts', 'check_chat', 'prompt_notes', 'resolve_end_tokens', 'check_unused_tokenizer', 'end_notes']
@@ -395,7 +396,7 @@ def _read_hub(source: str, column: str | None, given: str) -> list:
     from datasets import load_dataset
 
     try:
-        with quiet_loading():
+        with quiet_loading(), hub_or_cache(source):
             rows = load_dataset(source, split="train")
     except Exception as error:  # a download fails in more ways than can be listed
         raise InputError(

@@ -31,7 +31,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['Shape', 'Stack', 'make_stack', 'load_stack', 'join_stacks', 'hidden_states', 'head_logits', 'ArmRollouts',
+__all__ = ['Shape', 'Stack', 'join_stacks', 'make_stack', 'load_stack', 'hidden_states', 'head_logits', 'ArmRollouts',
            'SeededNoise', 'new_cache', 'sample', 'Scores', 'log_probs', 'score', 'Arm', 'UpdateLoss', 'StackedAdamW',
            'QuickTfidf', 'PooledReward', 'Settings', 'PromptTable', 'tokenize_prompts', 'prompt_order', 'ManyRuns']
 
@@ -87,6 +87,16 @@ class Stack:
         state = {f"transformer.{name}": o[arm].clone() for name, o in self.weights.items()}
         return state | {"lm_head.weight": state["transformer.wte.weight"]}
 
+
+def join_stacks(
+    stacks: Sequence[Stack],  # of one shape
+) -> Stack:  # all their arms, in order
+    "One stack of several."
+    if any(o.shape != stacks[0].shape for o in stacks):
+        raise InputError("`stacks` have different shapes; policies of one stack must have one.")
+    names = stacks[0].weights
+    return Stack({o: torch.cat([s.weights[o] for s in stacks]) for o in names}, stacks[0].shape)
+
 # %% ../../nbs/rlhf/514_many.ipynb #a51407
 _EXPECTED = dict(
     model_type=("gpt2",),
@@ -109,13 +119,8 @@ def make_stack(
             raise InputError(
                 f"`config` has {name}={config[name]!r}; a stack computes {allowed[0]!r} only."
             )
-    shape = Shape(
-        config["n_layer"],
-        config["n_head"],
-        config["n_embd"],
-        config["vocab_size"],
-        config.get("layer_norm_epsilon", 1e-5),
-    )
+    sizes = (config[name] for name in ("n_layer", "n_head", "n_embd", "vocab_size"))
+    shape = Shape(*sizes, config.get("layer_norm_epsilon", 1e-5))
     weights = {
         name.removeprefix("transformer."): o.to(device, dtype)[None].clone()
         for name, o in state.items()
@@ -136,16 +141,6 @@ def load_stack(
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
     return make_stack(config, load_file(folder / "model.safetensors"), dtype, device)
-
-
-def join_stacks(
-    stacks: Sequence[Stack],  # of one shape
-) -> Stack:  # all their arms, in order
-    "One stack of several."
-    if any(o.shape != stacks[0].shape for o in stacks):
-        raise InputError("`stacks` have different shapes; policies of one stack must have one.")
-    names = stacks[0].weights
-    return Stack({o: torch.cat([s.weights[o] for s in stacks]) for o in names}, stacks[0].shape)
 
 # %% ../../nbs/rlhf/514_many.ipynb #a51409
 def _linear(x, weights, name):  # (A, N, inputs) to (A, N, outputs)
@@ -389,7 +384,7 @@ class UpdateLoss:
         sums = self.sums[arms].clone()
         sums[:, 1] /= beta[:, None]
         sums[:, :, 1] /= beta[:, None]
-        found = self.fit._solve(sums, self.rollouts[arms], 1.0)
+        found = self.fit.solve(sums, self.rollouts[arms], 1.0)
         for name, value in zip(("fit_past", "fit_noise"), (found * beta[:, None]).unbind(-1)):
             self.logged[name][arms] = value.float()
         return torch.where(self.fitted[arms, None], found, self.fixed[arms])

@@ -390,7 +390,7 @@ def _size(name: str) -> str:
     mb = DOWNLOADS.get(split_revision(name)[0])
     return f"about {mb} MB" if mb else "size unknown"
 
-
+# %% ../../nbs/rlhf/502_resources.ipynb #5e4f10ac
 def check_downloads(
     profile: Profile,  # profile from `get_profile`
 ) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ..errors import InputError, MissingFileError
-from ..files import packaged_file, split_revision
+from ..files import hub_or_cache, packaged_file, split_revision
 
 if TYPE_CHECKING:  # the linear reward needs no data set
     from datasets import Dataset
@@ -165,22 +165,16 @@ class SequenceClassifierReward:
         batch_size: int = 64,  # texts per forward pass
         device: str = "cpu",  # where the classifier runs
     ):
+        where, revision = split_revision(name)
+        given = dict(revision=revision, trust_remote_code=False)
+        numbers = dict(dtype=torch.float32, use_safetensors=True)
         try:
-            where, revision = split_revision(name)
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                where, revision=revision, trust_remote_code=False
-            )
-            self.model = (
-                AutoModelForSequenceClassification.from_pretrained(
-                    where,
-                    revision=revision,
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    trust_remote_code=False,
+            with hub_or_cache(where):
+                self.tokenizer = AutoTokenizer.from_pretrained(where, **given)
+                self.model = AutoModelForSequenceClassification.from_pretrained(
+                    where, **given, **numbers
                 )
-                .eval()
-                .to(device)
-            )
+            self.model.eval().to(device)
         except OSError as error:
             raise InputError(
                 f'`reward` is {name!r}, neither "tfidf" nor a classifier that can be loaded '
@@ -266,9 +260,8 @@ def train_classifier_reward(
     model = AutoModelForSequenceClassification.from_pretrained(
         encoder, num_labels=2, use_safetensors=True, trust_remote_code=False
     )
-    rows = Dataset.from_dict(
-        dict(tokenizer(texts, truncation=True), labels=list(reviews["label"]) * 2)
-    )
+    encoded = tokenizer(texts, truncation=True)
+    rows = Dataset.from_dict(dict(encoded, labels=list(reviews["label"]) * 2))
     config = TrainingArguments(
         output_dir=str(folder),
         learning_rate=learning_rate,

@@ -44,6 +44,12 @@ from ..rloo import RBRLOOConfig, RBRLOOTrainer
 __all__ = ['rloo_config', 'MetricsCSV', 'train_rloo', 'rloo_run']
 
 # %% ../../nbs/rlhf/513_training.ipynb #59aa93ac
+_SHARED = """
+    learning_rate lr_scheduler_type adam_epsilon max_grad_norm num_generations num_iterations
+    epsilon temperature max_completion_length
+""".split()  # settings that profile and trainer call alike
+
+
 def _batch_per_process(profile: Profile) -> int:
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by `accelerate launch` and `torchrun`
     if profile.batch_size % (processes * profile.num_generations):
@@ -54,7 +60,7 @@ def _batch_per_process(profile: Profile) -> int:
         )
     return profile.batch_size // processes
 
-
+# %% ../../nbs/rlhf/513_training.ipynb #59aa93ae
 def rloo_config(
     profile: Profile,  # learning rate, batch, lengths
     out_dir: str | Path,  # folder for the trainer's own files
@@ -71,23 +77,15 @@ def rloo_config(
     check_device(profile)
     on_gpu = profile.device == "cuda"
     config = RBRLOOConfig(
+        **{name: getattr(profile, name) for name in _SHARED},
         output_dir=str(out_dir),
         kl_estimator=kl_estimator,
         beta=profile.beta if beta is None else beta,
         seed=seed,
         max_steps=profile.updates if updates is None else updates,
-        learning_rate=profile.learning_rate,
-        lr_scheduler_type=profile.lr_scheduler_type,
-        adam_epsilon=profile.adam_epsilon,
-        max_grad_norm=profile.max_grad_norm,
         per_device_train_batch_size=_batch_per_process(profile),
-        num_generations=profile.num_generations,
-        num_iterations=profile.num_iterations,
-        epsilon=profile.epsilon,
-        temperature=profile.temperature,
         top_k=0,
         top_p=1.0,
-        max_completion_length=profile.max_completion_length,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=[],
@@ -341,6 +339,16 @@ def _write_down(out: Path, params: dict, profile: Profile, config: RBRLOOConfig)
     known |= {name: version(name) for name in ("klrb", "torch", "trl", "transformers")}
     path.write_text(json.dumps(known, indent=1))
 
+
+def _check_start(prepared: Path, start: str) -> None:
+    if start not in ("reference", "dpo"):
+        raise InputError(f'`start` is {start!r}; give "reference" or "dpo".')
+    needed = ("evaluation_prompts.parquet", "rloo_prompts.parquet")
+    if not all((prepared / name).is_file() for name in needed):
+        raise MissingFileError(
+            f"`prepare_dir` ({prepared.name}) is not finished; run the prepare experiment first."
+        )
+
 # %% ../../nbs/rlhf/513_training.ipynb #59a23dc5
 def _seconds(metrics: Path, num_iterations: int) -> dict[str, float]:
     "In total, and per update: the median over generation batches but the first, which starts up."
@@ -373,7 +381,7 @@ def _judge(
     )
     write_atomic(out / "result.json", json.dumps(result, indent=1))
 
-# %% ../../nbs/rlhf/513_training.ipynb #59a23dc6
+# %% ../../nbs/rlhf/513_training.ipynb #59a23dc8
 def rloo_run(
     profile: Profile,  # models, lengths, learning rate, device
     prepared: str | Path,  # folder of its finished preparation
@@ -392,40 +400,19 @@ def rloo_run(
     """
     prepared, out = Path(prepared), Path(out)
     beta, updates = profile.beta if beta is None else beta, updates or profile.updates
-    if start not in ("reference", "dpo"):
-        raise InputError(f'`start` is {start!r}; give "reference" or "dpo".')
-    needed = ("evaluation_prompts.parquet", "rloo_prompts.parquet")
-    if not all((prepared / name).is_file() for name in needed):
-        raise MissingFileError(
-            f"`prepare_dir` ({prepared.name}) is not finished; run the prepare experiment first."
-        )
+    _check_start(prepared, start)
     config = rloo_config(profile, out / "trainer", kl_estimator, beta, seed, updates, save_every)
     set_seed(seed)
     parts = _load(profile, prepared, start, config.device)
-    params = dict(
-        profile=profile.name,
-        kl_estimator=kl_estimator,
-        beta=beta,
-        seed=seed,
-        start=start,
-        updates=updates,
-    )
+    params = dict(profile=profile.name, kl_estimator=kl_estimator, beta=beta)
+    params |= dict(seed=seed, start=start, updates=updates)
     if config.process_index == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "result.json").unlink(missing_ok=True)
         _write_down(out, params, profile, config)
     PartialState().wait_for_everyone()
-    policy = train_rloo(
-        parts.policy,
-        parts.reference,
-        parts.tokenizer,
-        parts.prompts,
-        parts.reward,
-        config,
-        out / "metrics.csv",
-        resume=True,
-        start=start,
-    )
+    trained = parts.policy, parts.reference, parts.tokenizer, parts.prompts, parts.reward
+    policy = train_rloo(*trained, config, out / "metrics.csv", resume=True, start=start)
     if config.process_index == 0:
         _judge(policy, parts, profile, params, out)
     PartialState().wait_for_everyone()

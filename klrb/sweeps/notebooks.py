@@ -32,13 +32,7 @@ from ..errors import InputError, StateError
 from ..files import PACKAGED, digest, hub_folder, packaged_file, text_digest, write_atomic
 from ..rlhf.profiles import PROFILES, Profile, to_toml
 from .kernels import FORKED
-from klrb.sweeps.parameters import (
-    FOLDERS,
-    Template,
-    read_value,
-    recorded_defaults,
-    short,
-)
+from .parameters import FOLDERS, Template, read_value, recorded_defaults, short
 from klrb.sweeps.runs import (
     Run,
     code_digest,
@@ -370,14 +364,14 @@ def execute(
     except OSError as error:
         return outcome("failed", f"{type(error).__name__}: {error}")  # the disk is full or gone
 
-# %% ../../nbs/sweeps/603_notebooks.ipynb #91162a4a
+
 def _record(run: Run, state: str, attempts: list[dict]) -> None:
     record = dict(identity=run.identity, state=state, notebook=run.notebook.name)
     record |= dict(parameters=run.parameters, facts=run.facts, attempts=attempts)
     record["files"] = manifest(run.folder) if state == "done" else {}
     write_atomic(run.folder / "run.json", json.dumps(record, indent=1))
 
-
+# %% ../../nbs/sweeps/603_notebooks.ipynb #91162a4a
 def _attempt(
     run: Run, attempts: list[dict], descriptor: int, threads: int | None, timeout: float | None
 ) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from ..files import digest, flush, text_digest, write_atomic
 
 # %% auto #0
 __all__ = ['named_modules', 'reached_modules', 'code_digest', 'code_of', 'imports_of', 'environment', 'manifest', 'read_json',
-           'read_record', 'read_result', 'damaged', 'content_digest', 'Run', 'locked', 'is_locked']
+           'content_digest', 'read_record', 'read_result', 'damaged', 'Run', 'locked', 'is_locked']
 
 # %% ../../nbs/sweeps/601_runs.ipynb #9ca4fd2a
 _PACKAGE = Path(find_spec("klrb").submodule_search_locations[0])
@@ -154,6 +154,19 @@ def read_json(
         return None
     return value if isinstance(value, dict) else None
 
+
+def content_digest(
+    folder: Path,  # folder of a finished run
+) -> str:  # sha256
+    "Digest of what later runs read: every file except those that hold times and versions."
+    files = read_record(folder).get("files")
+    if not files:
+        raise StateError(
+            f"`{folder}` holds no finished run (run.json is missing or damaged); "
+            "run the same command again."
+        )
+    return text_digest({k: v for k, v in files.items() if k not in _VOLATILE})
+
 # %% ../../nbs/sweeps/601_runs.ipynb #72a00002
 def read_record(
     folder: Path,  # folder of a run
@@ -189,19 +202,6 @@ def damaged(
         for name, expected in files.items()
         if not (folder / name).is_file() or digest(folder / name) != expected
     ]
-
-
-def content_digest(
-    folder: Path,  # folder of a finished run
-) -> str:  # sha256
-    "Digest of what later runs read: every file except those that hold times and versions."
-    files = read_record(folder).get("files")
-    if not files:
-        raise StateError(
-            f"`{folder}` holds no finished run (run.json is missing or damaged); "
-            "run the same command again."
-        )
-    return text_digest({k: v for k, v in files.items() if k not in _VOLATILE})
 
 # %% ../../nbs/sweeps/601_runs.ipynb #8782f6de
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def _empty(folder: Path) -> None:
             elif path.name != ".lock":
                 path.unlink()
 
-
+# %% ../../nbs/sweeps/605_sweep.ipynb #015a4082
 def _prepared(
     template: Template, profile: Profile | None, cache: Path, execution: Execution, dry_run: bool
 ) -> Path | None:
