@@ -38,7 +38,8 @@ from .plateau import Clock, _append
 
 # %% auto #0
 __all__ = ['METHODS', 'PAIRS', 'SMALL', 'surrogate', 'DistillationLoss', 'Pair', 'drop_layers', 'Plan', 'Inputs', 'rloo_teacher',
-           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'run_study', 'main']
+           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'endings', 'run_study',
+           'main']
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #47dc2b63
 METHODS: tuple[str, ...] = ("mc", "mc_to_go", "k2_loss", "vopd", "step_loss", "rb")  # compared
@@ -194,12 +195,12 @@ class Plan:
         ]
 
 
-SMALL = Plan(  # some ten minutes of two cores, with the rates that the published study chose
+SMALL = Plan(  # at most ten minutes of two cores, with the rates that the published study chose
     pairs=("dpo",),
     seeds=2,
-    updates=100,
-    evaluate_at=(0, 25, 50, 100),
-    trace_at=(0, 100),
+    updates=75,
+    evaluate_at=(0, 25, 50, 75),
+    trace_at=(0, 75),
     eval_prompts=64,
     trace_batches=16,
     arms_at_once=6,
@@ -323,11 +324,21 @@ def best_rates(
     return {name: o.droplevel(0).idxmin() for name, o in means.dropna().groupby(level=0)}
 
 
+def _chosen_rates(plan: Plan, pair: str) -> dict[str, float]:  # by gradient
+    known = pd.read_csv(plan.chosen).query("pair == @pair")
+    rates = dict(zip(known.gradient, known.learning_rate))
+    if missing := [o for o in plan.methods if o not in rates]:
+        raise InputError(
+            f"`chosen` is {plan.chosen}, which has no rate of {missing[0]!r} for the pair "
+            f"{pair!r}; take one of the two out of the plan, or clear `chosen`."
+        )
+    return rates
+
+
 def _rates(pair, plan, inputs, out, clock) -> dict[str, float] | None:
     "Rates that were chosen before, or are now; None when the time is up."
     if plan.chosen:
-        known = pd.read_csv(plan.chosen).query("pair == @pair.name")
-        rates = dict(zip(known.gradient, known.learning_rate))
+        rates = _chosen_rates(plan, pair.name)
     else:
         if not train_stage(pair, "tune", plan.tuning(), plan, inputs, out, clock)[0]:
             return None
@@ -391,6 +402,17 @@ def gradient_table(
             )
             found.append(row | dict(bias_noise=noise**0.5))
     return pd.DataFrame(found)
+
+
+def endings(
+    evaluation: pd.DataFrame,  # `evaluation.csv`
+) -> pd.DataFrame:  # a row per pair and gradient
+    "Mean KL to the teacher over the seeds, at the last evaluation of each pair."
+    final = evaluation.query("phase == 'final'")
+    ends = final["update"] == final.groupby("pair")["update"].transform("max")
+    keys = ["pair", "update", "gradient"]
+    found = final[ends].groupby(keys, sort=False).kl_rb.agg(["mean", "size"])
+    return found.rename(columns=dict(mean="kl_rb", size="seeds")).reset_index()
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #a1cfcd23
 def run_study(
@@ -461,6 +483,8 @@ def main() -> None:
         k: tuple(o) if isinstance(o, list) else o for k, o in json.loads(given.plan).items()
     }
     plan = replace(SMALL if given.small else Plan(), **settings)
+    for name in plan.pairs if plan.chosen else ():
+        _chosen_rates(plan, name)  # refused now, not after an hour
     teacher = given.teacher or f"{given.out}/rloo.pt"
     inputs = load_inputs(plan, given.prepared, given.reference, teacher, given.device)
     left = given.seconds - (time.monotonic() - began)
@@ -468,4 +492,6 @@ def main() -> None:
     if (found := Path(given.out) / "gradients.csv").is_file():
         table = gradient_table(pd.read_csv(found))
         table.to_csv(found.with_name("noise.csv"), index=False, float_format="%.6g")
+    if (found := Path(given.out) / "evaluation.csv").is_file():
+        print(endings(pd.read_csv(found)).to_string(index=False))
     print(json.dumps({name: result[name] for name in ("finished", "seconds", "device")}))
