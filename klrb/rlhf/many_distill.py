@@ -30,6 +30,8 @@ from klrb.rlhf.many import (
     Settings,
     Stack,
     UpdateLoss,
+    head_logits,
+    hidden_states,
     load_stack,
     score,
     tokenize_prompts,
@@ -38,8 +40,8 @@ from .plateau import Clock, _append
 
 # %% auto #0
 __all__ = ['METHODS', 'PAIRS', 'SMALL', 'surrogate', 'DistillationLoss', 'Pair', 'drop_layers', 'Plan', 'Inputs', 'rloo_teacher',
-           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'endings', 'run_study',
-           'main']
+           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'endings', 'kl_of_ending',
+           'run_study', 'main']
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #47dc2b63
 METHODS: tuple[str, ...] = ("mc", "mc_to_go", "k2_loss", "vopd", "step_loss", "rb")  # compared
@@ -414,6 +416,18 @@ def endings(
     found = final[ends].groupby(keys, sort=False).kl_rb.agg(["mean", "size"])
     return found.rename(columns=dict(mean="kl_rb", size="seeds")).reset_index()
 
+
+@torch.no_grad()
+def kl_of_ending(
+    teacher: Stack,  # one policy
+    prompts: PromptTable,
+    eos_token_id: int = 0,  # the pocket model's
+) -> float:  # mean over the prompts, nats
+    "Sequence KL of a student that ends every text at once: minus the teacher's log-probability."
+    hidden = hidden_states(teacher, prompts.ids[None], prompts.mask[None])[:, :, -1:]
+    logq = head_logits(teacher, hidden)[0, :, 0].log_softmax(-1)
+    return -logq[:, eos_token_id].mean().item()
+
 # %% ../../nbs/rlhf/516_many_distill.ipynb #a1cfcd23
 def run_study(
     plan: Plan,
@@ -435,6 +449,9 @@ def run_study(
         plan=asdict(plan),
         finished=list(finished),
         seconds=finished,
+        kl_of_ending={
+            o: kl_of_ending(inputs.policies[PAIRS[o].teacher], inputs.evaluation) for o in finished
+        },
         device=_device_name(inputs.policies["reference"].device),
         python=platform.python_version(),
         torch=torch.__version__,
