@@ -412,18 +412,18 @@ def endings(
     "Mean KL to the teacher over the seeds, at the last evaluation of each pair."
     final = evaluation.query("phase == 'final'")
     ends = final["update"] == final.groupby("pair")["update"].transform("max")
-    keys = ["pair", "update", "gradient"]
-    found = final[ends].groupby(keys, sort=False).kl_rb.agg(["mean", "size"])
-    return found.rename(columns=dict(mean="kl_rb", size="seeds")).reset_index()
+    groups = final[ends].groupby(["pair", "update", "gradient"], sort=False).kl_rb
+    return groups.agg(kl_rb="mean", seeds="size").reset_index()
 
 
 @torch.no_grad()
 def kl_of_ending(
-    teacher: Stack,  # one policy
-    prompts: PromptTable,
+    pair: Pair,
+    inputs: Inputs,  # whose evaluation prompts are read
     eos_token_id: int = 0,  # the pocket model's
 ) -> float:  # mean over the prompts, nats
     "Sequence KL of a student that ends every text at once: minus the teacher's log-probability."
+    teacher, prompts = inputs.policies[pair.teacher], inputs.evaluation
     hidden = hidden_states(teacher, prompts.ids[None], prompts.mask[None])[:, :, -1:]
     logq = head_logits(teacher, hidden)[0, :, 0].log_softmax(-1)
     return -logq[:, eos_token_id].mean().item()
@@ -449,9 +449,7 @@ def run_study(
         plan=asdict(plan),
         finished=list(finished),
         seconds=finished,
-        kl_of_ending={
-            o: kl_of_ending(inputs.policies[PAIRS[o].teacher], inputs.evaluation) for o in finished
-        },
+        kl_of_ending={o: kl_of_ending(PAIRS[o], inputs) for o in finished},
         device=_device_name(inputs.policies["reference"].device),
         python=platform.python_version(),
         torch=torch.__version__,
