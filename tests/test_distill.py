@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import socket
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from klrb import distill
 from klrb.cli import app
 from klrb.distill import METHODS, RBDistillationConfig, RBDistillationTrainer
-from klrb.errors import NotFiniteError
+from klrb.errors import InputError, NotFiniteError
 from klrb.models import load_model, load_tokenizer
 from klrb.rlhf import many_distill
 from klrb.rlhf.many import Scores
@@ -633,3 +634,44 @@ def test_the_best_rate_ends_lowest_and_is_no_rate_that_diverged():
     early = frame.assign(update=10, kl_rb=0.0, learning_rate=2.0)
     frame = pd.concat([frame, final, early, frame.assign(pair="half", kl_rb=0.0)])
     assert many_distill.best_rates(frame, "dpo", 150) == dict(rb=1e-3, mc=1e-2)
+
+
+@pytest.fixture
+def small(tmp_path, prepared, monkeypatch):
+    "Run the small study on the tiny model, with other settings."
+    reference = tmp_path / "reference"
+    load_model("tiny-random", seed=0).save_pretrained(reference)
+    TOKENIZER.save_pretrained(reference)
+    tiny = dict(seeds=2, updates=2, prompts=2, max_completion_length=4, eval_prompts=3)
+    tiny |= dict(evaluate_at=[0, 2], trace_at=[], methods=["rb", "mc_to_go"])
+    tiny |= dict(chosen=str(ROOT / many_distill.SMALL.chosen))
+
+    def run(**plan):
+        command = f"study --small --device cpu --prepared {prepared} --out {tmp_path / 'out'}"
+        command = [*command.split(), "--reference", str(reference), "--plan"]
+        monkeypatch.setattr(sys, "argv", [*command, json.dumps(tiny | plan)])
+        many_distill.main()
+
+    return run
+
+
+def test_the_small_study_prints_the_kl_that_it_wrote(small, tmp_path, capsys):
+    small()
+    *_, rb, mc, result = capsys.readouterr().out.splitlines()
+    rows = pd.read_csv(tmp_path / "out/evaluation.csv").query("update == 2")
+    for line, gradient in ((rb, "rb"), (mc, "mc_to_go")):
+        pair, update, name, kl, seeds = line.split()
+        assert (pair, update, name, seeds) == ("dpo", "2", gradient, "2")
+        assert float(kl) == pytest.approx(rows[rows.gradient == gradient].kl_rb.mean(), abs=1e-5)
+    assert json.loads(result)["finished"] == ["dpo"]
+
+
+@pytest.mark.parametrize(
+    "plan", [dict(pairs=["dpo", "last_norm"]), dict(methods=["rb", "step_kl"])]
+)
+def test_a_rate_that_was_never_chosen_is_missed_before_anything_is_run(small, tmp_path, plan):
+    with pytest.raises(
+        InputError, match="has no rate of '(rb|step_kl)' for the pair '(last_norm|dpo)'"
+    ):
+        small(**plan)
+    assert not (tmp_path / "out/evaluation.csv").exists()

@@ -30,6 +30,8 @@ from klrb.rlhf.many import (
     Settings,
     Stack,
     UpdateLoss,
+    head_logits,
+    hidden_states,
     load_stack,
     score,
     tokenize_prompts,
@@ -38,7 +40,8 @@ from .plateau import Clock, _append
 
 # %% auto #0
 __all__ = ['METHODS', 'PAIRS', 'SMALL', 'surrogate', 'DistillationLoss', 'Pair', 'drop_layers', 'Plan', 'Inputs', 'rloo_teacher',
-           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'run_study', 'main']
+           'load_inputs', 'train_stage', 'best_rates', 'gradient_rows', 'gradient_table', 'endings', 'kl_of_ending',
+           'run_study', 'main']
 
 # %% ../../nbs/rlhf/516_many_distill.ipynb #47dc2b63
 METHODS: tuple[str, ...] = ("mc", "mc_to_go", "k2_loss", "vopd", "step_loss", "rb")  # compared
@@ -194,12 +197,12 @@ class Plan:
         ]
 
 
-SMALL = Plan(  # some ten minutes of two cores, with the rates that the published study chose
+SMALL = Plan(  # at most ten minutes of two cores, with the rates that the published study chose
     pairs=("dpo",),
     seeds=2,
-    updates=100,
-    evaluate_at=(0, 25, 50, 100),
-    trace_at=(0, 100),
+    updates=75,
+    evaluate_at=(0, 25, 50, 75),
+    trace_at=(0, 75),
     eval_prompts=64,
     trace_batches=16,
     arms_at_once=6,
@@ -323,11 +326,21 @@ def best_rates(
     return {name: o.droplevel(0).idxmin() for name, o in means.dropna().groupby(level=0)}
 
 
+def _chosen_rates(plan: Plan, pair: str) -> dict[str, float]:  # by gradient
+    known = pd.read_csv(plan.chosen).query("pair == @pair")
+    rates = dict(zip(known.gradient, known.learning_rate))
+    if missing := [o for o in plan.methods if o not in rates]:
+        raise InputError(
+            f"`chosen` is {plan.chosen}, which has no rate of {missing[0]!r} for the pair "
+            f"{pair!r}; take one of the two out of the plan, or clear `chosen`."
+        )
+    return rates
+
+
 def _rates(pair, plan, inputs, out, clock) -> dict[str, float] | None:
     "Rates that were chosen before, or are now; None when the time is up."
     if plan.chosen:
-        known = pd.read_csv(plan.chosen).query("pair == @pair.name")
-        rates = dict(zip(known.gradient, known.learning_rate))
+        rates = _chosen_rates(plan, pair.name)
     else:
         if not train_stage(pair, "tune", plan.tuning(), plan, inputs, out, clock)[0]:
             return None
@@ -392,6 +405,29 @@ def gradient_table(
             found.append(row | dict(bias_noise=noise**0.5))
     return pd.DataFrame(found)
 
+
+def endings(
+    evaluation: pd.DataFrame,  # `evaluation.csv`
+) -> pd.DataFrame:  # a row per pair and gradient
+    "Mean KL to the teacher over the seeds, at the last evaluation of each pair."
+    final = evaluation.query("phase == 'final'")
+    ends = final["update"] == final.groupby("pair")["update"].transform("max")
+    groups = final[ends].groupby(["pair", "update", "gradient"], sort=False).kl_rb
+    return groups.agg(kl_rb="mean", seeds="size").reset_index()
+
+
+@torch.no_grad()
+def kl_of_ending(
+    pair: Pair,
+    inputs: Inputs,  # whose evaluation prompts are read
+    eos_token_id: int = 0,  # the pocket model's
+) -> float:  # mean over the prompts, nats
+    "Sequence KL of a student that ends every text at once: minus the teacher's log-probability."
+    teacher, prompts = inputs.policies[pair.teacher], inputs.evaluation
+    hidden = hidden_states(teacher, prompts.ids[None], prompts.mask[None])[:, :, -1:]
+    logq = head_logits(teacher, hidden)[0, :, 0].log_softmax(-1)
+    return -logq[:, eos_token_id].mean().item()
+
 # %% ../../nbs/rlhf/516_many_distill.ipynb #a1cfcd23
 def run_study(
     plan: Plan,
@@ -413,6 +449,7 @@ def run_study(
         plan=asdict(plan),
         finished=list(finished),
         seconds=finished,
+        kl_of_ending={o: kl_of_ending(PAIRS[o], inputs) for o in finished},
         device=_device_name(inputs.policies["reference"].device),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -461,6 +498,8 @@ def main() -> None:
         k: tuple(o) if isinstance(o, list) else o for k, o in json.loads(given.plan).items()
     }
     plan = replace(SMALL if given.small else Plan(), **settings)
+    for name in plan.pairs if plan.chosen else ():
+        _chosen_rates(plan, name)  # refused now, not after an hour
     teacher = given.teacher or f"{given.out}/rloo.pt"
     inputs = load_inputs(plan, given.prepared, given.reference, teacher, given.device)
     left = given.seconds - (time.monotonic() - began)
@@ -468,4 +507,6 @@ def main() -> None:
     if (found := Path(given.out) / "gradients.csv").is_file():
         table = gradient_table(pd.read_csv(found))
         table.to_csv(found.with_name("noise.csv"), index=False, float_format="%.6g")
+    if (found := Path(given.out) / "evaluation.csv").is_file():
+        print(endings(pd.read_csv(found)).to_string(index=False))
     print(json.dumps({name: result[name] for name in ("finished", "seconds", "device")}))
