@@ -531,18 +531,18 @@ class ExactPenalty:
             output = super()._generate_and_score_completions(inputs)
             group = self.num_generations if mode == "train" else self.num_generations_eval
             rows = torch.arange(len(output["completion_mask"]), device=self.accelerator.device)
-            output["prompt_index"] = rows // group
+            whole = output | dict(prompt_index=rows // group)
             if scoring.scores is None:  # GRPO asks for none where it is on-policy
                 if self.scored_by_loss and mode == "train":
                     names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
                     with self.accelerator.autocast():
                         rollouts = [output[name] for name in names]
-                        output["ref_hidden"] = self._on_reference(completion_hidden, *rollouts)
-                    return output
+                        whole["ref_hidden"] = self._on_reference(completion_hidden, *rollouts)
+                    return whole
                 self._ask_for_scores(mode, output)
         if self.exact_loss:
             output["ref_hidden"] = scoring.ref_hidden
-        return output | self._inputs_of_batch(mode, output, scoring.scores)
+        return output | self._inputs_of_batch(mode, whole, scoring.scores)
 
     @torch.no_grad()
     def _inputs_of_batch(self, mode, output, scores):
