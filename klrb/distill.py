@@ -161,10 +161,13 @@ def _check_inherited(args: RBDistillationConfig) -> None:
 def _load_teacher(teacher, processing_class):
     if teacher is None or not isinstance(teacher, str | Path):
         return teacher
-    base, adapter = split_name(str(teacher))
-    check_same_tokenizer(processing_class, load_tokenizer(base))
-    model = load_model(base)
-    return model if adapter is None else attach_adapter(model, adapter, "teacher").peft
+    try:
+        base, adapter = split_name(str(teacher))
+        check_same_tokenizer(processing_class, load_tokenizer(base))
+        model = load_model(base)
+        return model if adapter is None else attach_adapter(model, adapter, "teacher").peft
+    except InputError as error:  # which calls what it loads `model`: here that is the student
+        raise InputError(str(error).replace("`model`", "`teacher`")) from error
 
 
 def _check_models(model, teacher, teacher_adapter, peft_config, args):

@@ -435,6 +435,19 @@ def _memory(plan, dtype, device):
     return torch.empty(size, dtype=dtype, device=device)
 
 
+def _kept_memory(plan, dtype, device):
+    """Memory for the tiles of both models that are kept, one row each.
+
+    As one block a CPU gives it back whole. Small ones would lie scattered in the heap, between what
+    the rest of the graph keeps.
+    """
+    size = 0
+    if plan.keep:
+        size = plan.rows[0].stop * plan.columns[0].stop
+        size += -size % ALIGNED
+    return torch.empty(2 * plan.keep, size, dtype=dtype, device=device)
+
+
 def _grad_memory(plan, dtype, device):
     "Memory for the gradients of the tiles that are multiplied at once."
     size = 0
@@ -516,6 +529,7 @@ def _forward(
     plan = _plan(len(ids), vocab_size, policy_hidden, any(ctx.needs_input_grad))
     large = len(ids) * vocab_size >= COMPILE_FROM
     memory = [_memory(plan, dtype, device) for _ in sides]
+    to_keep = _kept_memory(plan, dtype, device)
     kernels, kept, parts = gpu_kernels(torch.empty(1, 1, dtype=dtype, device=device)), [], []
     widths = [c.stop - c.start for c in plan.columns]
     with _exact_products(device):
@@ -527,29 +541,27 @@ def _forward(
                 sums = kernels.RowSums(rows, widths, True, device)
             factors = [o.hidden[r].to(o.product_dtypes(dtype)[0]) for o in sides]
             for c in plan.columns:
-                keep = len(kept) < plan.keep
+                keep = len(kept) < 2 * plan.keep
+                places = to_keep[len(kept) :][:2] if keep else memory
                 tile = [
                     _logits(
-                        torch.empty(rows, c.stop - c.start, dtype=dtype, device=device)
-                        if keep
-                        else _view(o, r, c),
+                        _view(o, r, c),
                         factor,
                         side.weight[c].to(factor.dtype),
                         side,
                         c,
                     )
-                    for o, factor, side in zip(memory, factors, sides)
+                    for o, factor, side in zip(places, factors, sides)
                 ]
                 sums.add(*tile, ids[r], c.start)
                 if keep:
-                    kept.append(tile)
+                    kept += tile
             parts.append(sums.finish() if shard is None else shard.finish(sums, dtype))
     none = torch.empty(8, 0, dtype=torch.float64, device=device)
     stats, values = (
         torch.cat(o, 1) if len(o) > 1 else o[0] for o in zip(*parts or [(none, none[:4].to(dtype))])
     )
-    logits = [o for tile in kept for o in tile]
-    ctx.save_for_backward(*sides[0][:3], *sides[1][:3], ids, stats, *logits)
+    ctx.save_for_backward(*sides[0][:3], *sides[1][:3], ids, stats, *kept)
     ctx.plan, ctx.bends, ctx.dtype, ctx.shard = plan, bends, dtype, shard
     ctx.large, ctx.kernels = large, kernels
     return tuple(values)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .errors import InputError, InputTypeError
 from .rlhf.sampling import FIXED, FREE
-from .rloo import UNBIASED, ExactPenalty, check_settings
+from .rloo import UNBIASED, ExactPenalty, PenaltySettings, check_settings
 
 # %% auto #0
 __all__ = ['RBGRPOConfig', 'RBGRPOTrainer']
@@ -50,20 +50,12 @@ _FIXED = FIXED | dict(
 
 
 @dataclass
-class RBGRPOConfig(GRPOConfig):
+class RBGRPOConfig(PenaltySettings, GRPOConfig):
     """`trl.GRPOConfig` with a choice of KL gradient.
 
     Raises `ValueError` for settings that cannot work or that would bias the gradient.
     """
 
-    kl_estimator: str = field(
-        default="rb",
-        metadata={"help": "Method of klrb.gradients for the KL penalty, `step` or `fitted`."},
-    )
-    target_kl: float | None = field(
-        default=None,
-        metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
-    )
     kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED + ("step",)
 
     def __post_init__(self):

@@ -57,7 +57,7 @@ from klrb.update import (
 )
 
 # %% auto #0
-__all__ = ['UNBIASED', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
+__all__ = ['UNBIASED', 'PenaltySettings', 'RBRLOOConfig', 'check_settings', 'ExactPenalty', 'RBRLOOTrainer']
 
 # %% ../nbs/rlhf/508_rloo.ipynb #f3e230e3
 UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
@@ -66,21 +66,26 @@ UNBIASED: tuple[str, ...] = tuple(  # what the trainer can follow
 
 
 @dataclass
-class RBRLOOConfig(RLOOConfig):
-    """`trl.RLOOConfig` with a choice of KL gradient.
-
-    Raises `ValueError` for settings that cannot work or that would bias the gradient.
-    """
+class PenaltySettings:
+    "What klrb's trainers know of the KL penalty, mixed into a configuration of TRL."
 
     kl_estimator: str = field(
         default="rb",
-        metadata={"help": "Unbiased method of klrb.gradients for the KL penalty, or `fitted`."},
+        metadata={"help": "Method of klrb.gradients for the KL penalty, or `fitted`."},
     )
     target_kl: float | None = field(
         default=None,
         metadata={"help": "Sequence KL in nats that `beta` is moved to meet; None: it stays."},
     )
-    kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED
+    kl_estimators: ClassVar[tuple[str, ...]] = UNBIASED  # that can be chosen
+
+
+@dataclass
+class RBRLOOConfig(PenaltySettings, RLOOConfig):
+    """`trl.RLOOConfig` with a choice of KL gradient.
+
+    Raises `ValueError` for settings that cannot work or that would bias the gradient.
+    """
 
     def __post_init__(self):
         check_settings(self, RLOOConfig, FREE, FIXED)
@@ -365,6 +370,9 @@ class ExactPenalty:
         self.off_policy = (
             args.num_iterations > 1 or args.steps_per_generation > args.gradient_accumulation_steps
         )
+        # A generation batch is one batch of the loss, once: its scores are those at generation.
+        self.scored_by_loss = self.exact_loss and self.coefficient_fit is None
+        self.scored_by_loss &= args.num_iterations * args.steps_per_generation == 1
         self._take_models(ref_model, switch)
         self.add_callback(_ResumeOrder(self))
         if self.coefficient_fit is not None:
@@ -521,30 +529,42 @@ class ExactPenalty:
             self._metrics[mode]["beta"].append(self.kl_beta)
         with self._open_scoring(generating=True) as scoring:
             output = super()._generate_and_score_completions(inputs)
+            group = self.num_generations if mode == "train" else self.num_generations_eval
+            rows = torch.arange(len(output["completion_mask"]), device=self.accelerator.device)
+            whole = output | dict(prompt_index=rows // group)
             if scoring.scores is None:  # GRPO asks for none where it is on-policy
+                if self.scored_by_loss and mode == "train":
+                    names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
+                    with self.accelerator.autocast():
+                        rollouts = [output[name] for name in names]
+                        whole["ref_hidden"] = self._on_reference(completion_hidden, *rollouts)
+                    return whole
                 self._ask_for_scores(mode, output)
-        group = self.num_generations if mode == "train" else self.num_generations_eval
-        mask, scores = output["completion_mask"], scoring.scores
-        self._check_finite(scores)
-        prompt_index = torch.arange(len(mask), device=mask.device) // group
-        given = scores.policy_logprobs, scores.ref_logprobs, mask, scores.step_kl
-        if self.coefficient_fit is not None:
-            output |= self._fitted_inputs(mode, output["advantages"], given, prompt_index)
-        else:
-            output["kl_baseline"] = torch.zeros_like(scores.step_kl)
-            if group > 1 and mask.any() and GRADIENTS[self.kl_method].has_score:
-                output["kl_baseline"] = kl_baseline(self.kl_method, *given, prompt_index)
-        output |= dict(
-            old_per_token_logps=scores.policy_logprobs,
-            ref_per_token_logps=scores.ref_logprobs,
-        )
         if self.exact_loss:
             output["ref_hidden"] = scoring.ref_hidden
+        return output | self._inputs_of_batch(mode, whole, scoring.scores)
+
+    @torch.no_grad()
+    def _inputs_of_batch(self, mode, output, scores):
+        "What the loss takes from all completions of a generation batch; also logs their KL."
+        mask, prompt_index = output["completion_mask"], output["prompt_index"]
+        self._check_finite(scores)
+        given = scores.policy_logprobs, scores.ref_logprobs, mask, scores.step_kl
+        if self.coefficient_fit is not None:
+            found = self._fitted_inputs(mode, output["advantages"], given, prompt_index)
+        else:
+            found = dict(kl_baseline=torch.zeros_like(scores.step_kl))
+            grouped = prompt_index.max() + 1 < len(prompt_index)
+            if grouped and mask.any() and GRADIENTS[self.kl_method].has_score:
+                found["kl_baseline"] = kl_baseline(self.kl_method, *given, prompt_index)
         kl = self._log_kl(mode, "kl_sequence_rb", scores.step_kl, mask)
         if self.budget is not None and mode == "train" and kl is not None:
             self.budget.update(kl)
         self._log_kl(mode, "kl_sequence_mc", scores.policy_logprobs - scores.ref_logprobs, mask)
-        return output
+        return found | dict(
+            old_per_token_logps=scores.policy_logprobs,
+            ref_per_token_logps=scores.ref_logprobs,
+        )
 
     @torch.no_grad()
     def _ask_for_scores(self, mode, output):
@@ -605,6 +625,10 @@ class ExactPenalty:
         with self._open_scoring(generating=False, ref_hidden=inputs.get("ref_hidden")) as scoring:
             loss = super()._compute_loss(model, inputs)
         scores = scoring.scores  # with their graph
+        if "ref_per_token_logps" not in inputs:
+            mode = "train" if self.model.training else "eval"
+            detached = LinearStepKL(*(o.detach() for o in scores))
+            inputs = inputs | self._inputs_of_batch(mode, inputs, detached)
         if self.coefficient_fit is not None:
             return loss + self._penalty_share(inputs) * self._fitted_penalty(scores, inputs)
         if self.kl_beta == 0 or not inputs["completion_mask"].any():

@@ -1,7 +1,9 @@
 """The distillation trainer: what it computes, under every gradient, teacher and way of training."""
 
+import copy
 import dataclasses
 import json
+import shutil
 import socket
 import sys
 from contextlib import nullcontext
@@ -57,7 +59,7 @@ def make(folder, student=None, teacher="given", data=PROMPTS, **settings):
     )
     t = RBDistillationTrainer(
         student or load_model("tiny-random", seed=1),
-        load_model("tiny-random", seed=0) if isinstance(teacher, str) else teacher,
+        load_model("tiny-random", seed=0) if teacher == "given" else teacher,
         RBDistillationConfig(str(folder), **settings),
         data,
         TOKENIZER,
@@ -290,6 +292,79 @@ def test_the_student_with_other_adapters_is_the_teacher(tmp_path, teacher_adapte
     theirs = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
     assert relative(ours, theirs) < 1e-5
     assert t._rollouts["train"][0][:, 0].mean() > 0.1
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    "Folders of a base and of its adapter, and both as one model."
+    peft = pytest.importorskip("peft")
+    load_model("tiny-random", seed=5).save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(load_model("tiny-random", seed=5), lora())
+    moved(model, "default")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "base", tmp_path / "adapter", model
+
+
+@pytest.mark.parametrize("given", ["name", "trainable model", "merged model", "adapted student"])
+def test_a_base_with_an_adapter_is_the_teacher(tmp_path, adapted, given):
+    "Oracle: the adapter's product added to the base's weights, in float64."
+    base, adapter, model = adapted
+    merged = copy.deepcopy(model).double().merge_and_unload()
+    teacher = f"{base}+{adapter}" if given == "name" else model
+    if given == "merged model":
+        teacher = copy.deepcopy(model).merge_and_unload()
+    student = load_model("tiny-random", seed=1)
+    if given == "adapted student":  # the same name of an adapter on either side
+        student = pytest.importorskip("peft").get_peft_model(student, lora())
+        moved(student, "default")
+    t = make(tmp_path / "run", student, teacher)
+    assert not any(p.requires_grad for p in t.teacher_model.parameters())
+    batch = generate(t)
+    ours = gradients(t, batch)
+    trained = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert list(ours) == trained
+    logq = bare_logits(merged, batch, 0.8).log_softmax(-1).detach()
+    logp = bare_logits(student, batch, 0.8).log_softmax(-1)
+    student.zero_grad()
+    by_hand("rb", logp, logq, batch, 0).backward()
+    theirs = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
+    assert relative(ours, theirs) < 1e-5
+    plain = bare_logits(load_model(str(base)), batch, 0.8).log_softmax(-1)
+    assert (plain - logq).abs().max() > 0.1  # the adapter matters
+
+
+def test_a_base_with_an_adapter_trains(tmp_path, adapted):
+    base, adapter, _ = adapted
+    t = make(tmp_path / "run", teacher=Path(f"{base}+{adapter}"), max_steps=1)
+    before = {name: p.clone() for name, p in t.teacher_model.named_parameters()}
+    t.train()
+    for name, p in t.teacher_model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize(
+    "form, message",
+    [
+        ("{base}+", "is .*base.'; write BASE.ADAPTER"),
+        ("+{adapter}", "is .*adapter'; write BASE.ADAPTER"),
+        ("{adapter}", "which is an adapter: write BASE.ADAPTER"),
+        ("{base}+{base}", "has no adapter_config.json"),
+        ("{base}+{base}/nowhere", "nowhere"),
+        ("{base}+{adapter}+{adapter}", "one adapter can be on a base"),
+        ("{base}+{other}", "`teacher`"),  # of a model with other layers
+    ],
+)
+def test_a_base_with_no_adapter_that_fits_is_no_teacher(tmp_path, adapted, form, message):
+    base, adapter, _ = adapted
+    shutil.copytree(adapter, other := tmp_path / "other")
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj"]
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    name = form.format(base=base, adapter=adapter, other=other)
+    with pytest.raises(InputError, match=message) as found:
+        make(tmp_path / "run", teacher=name)
+    assert "`model`" not in str(found.value), "names the student"
 
 
 def test_heads_of_different_heights_share_the_tokenizers_rows(tmp_path):

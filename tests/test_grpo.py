@@ -93,7 +93,7 @@ def by_hand(trainer, batch, method, old=None):
     else:
         weighted = (ratio * kl).detach()
         future = weighted.sum(1, keepdim=True) - weighted.cumsum(1)
-        baseline = batch["kl_baseline"].double()
+        baseline = batch.get("kl_baseline", others(future) * mask).double()
         penalty = (ratio * kl).sum() + ((future - after_ratio * baseline) * chosen).sum()
     penalty = penalty / len(mask)
     return torch.cat([o.flatten() for o in torch.autograd.grad(penalty, list(policy.parameters()))])
@@ -144,20 +144,35 @@ def test_stale_rollouts_are_weighed_by_the_ratio_of_their_prefix(tmp_path):
 def test_micro_batches_add_up(tmp_path):
     whole = make(tmp_path, per_device_train_batch_size=8)
     parts = make(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    batch = generate(whole)
+    batch = generate(parts)
     expected = gradient(whole, batch)
     found = 0.0
     for rows in (slice(0, 4), slice(4, 8)):
         micro = {name: o[rows] if o.dim() else o for name, o in batch.items()}
         found = found + gradient(parts, micro)
     assert (found - expected).norm() < 1e-5 * expected.norm()
+    # a batch of the loss that is the whole generation batch finds its baselines itself
+    read = []
+    whole.model.transformer.register_forward_pre_hook(
+        lambda module, args, given: read.append(given["use_cache"]), with_kwargs=True
+    )
+    fresh = generate(whole)
+    assert True in read and False not in read  # in sampling only
+    assert "kl_baseline" in batch and "kl_baseline" not in fresh
+    shuffled = {name: o.flip(0) if o.dim() else o for name, o in fresh.items()}  # as TRL may
+    for given in (fresh, shuffled):
+        assert (gradient(whole, given) - expected).norm() < 1e-5 * expected.norm()
+    assert read.count(False) == 2  # once for each loss
+    logged = [o._metrics["train"] for o in (whole, parts)]
+    for name in ("kl_sequence_rb", "kl_sequence_rb_stderr", "kl_sequence_mc"):
+        assert logged[0][name][0] == pytest.approx(logged[1][name][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["rb", "step"])
 def test_a_policy_with_fresh_adapters_has_no_penalty(tmp_path, method):
     lora = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM", r=2, init_lora_weights=True)
     trainer = make(tmp_path, method, reference=None, peft_config=lora)
-    generate(trainer)
+    trainer._compute_loss(trainer.model, generate(trainer))
     assert abs(trainer._metrics["train"]["kl_sequence_rb"][0]) < 1e-6
 
 
@@ -258,9 +273,9 @@ def test_losses_that_are_allowed_are_losses_of_trl():
 def test_equal_weights_give_no_penalty(tmp_path):
     trainer = make(tmp_path)
     trainer.model.load_state_dict(load_model("tiny-random", seed=0).state_dict())
-    batch = generate(trainer)
+    ours = gradient(trainer, generate(trainer))
     assert trainer._metrics["train"]["kl_sequence_rb"][0] == 0
     without = make(tmp_path, beta=0.0)
     without.model.load_state_dict(load_model("tiny-random", seed=0).state_dict())
     plain = gradient(without, generate(without))
-    assert_close(gradient(trainer, batch), plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    assert_close(ours, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
