@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "site"))
 
 import api  # noqa: E402
 import book  # noqa: E402
+import prefixes  # noqa: E402
 import references  # noqa: E402
 
 REPOSITORY = "https://example.org/klrb"
@@ -123,6 +125,8 @@ def rewrite(tmp_path):
         ("[Rao 1945](114_references.ipynb#rao1945)", "Rao {cite:year}`rao1945`"),
         ("[Rao (1945)](114_references.ipynb#rao1945)", "Rao ({cite:year}`rao1945`)"),
         ("[tests](../../tests/rounding.py)", f"[tests]({REPOSITORY}/blob/main/tests/rounding.py)"),
+        ("[page](../../site/prefix_explorer.md)", "[page](../prefix_explorer.md)"),
+        ("[code](../../site/book.py)", f"[code]({REPOSITORY}/blob/main/site/book.py)"),
         ("[out](https://arxiv.org/abs/1)", "[out](https://arxiv.org/abs/1)"),
     ],
 )
@@ -194,3 +198,82 @@ def test_references_are_read_and_written():
         '- <a id="rao1945"></a>**Rao et al. 1945.** *T*. '
         "[arXiv:1.2](https://arxiv.org/abs/1.2). Cited in [101](101_one_step.ipynb)."
     )
+
+
+# ---- the interactive page ----
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return json.loads(prefixes.TARGET.read_text(encoding="utf-8"))
+
+
+def stored(row: dict, side: str) -> torch.Tensor:
+    "Probabilities as the page has them"
+    weights = torch.tensor(prefixes.unpacked(row[side]), dtype=torch.float64).square()
+    return weights / weights.sum()
+
+
+def test_integers_are_packed_and_unpacked():
+    numbers = [0, 1, 31, 32, 33, 1023, 1024, 4096, 2**20]
+    assert prefixes.unpacked(prefixes.packed(numbers)) == numbers
+    assert len(prefixes.packed([31, 32])) == 3
+
+
+def test_the_interactive_page_has_every_probability(explorer):
+    assert prefixes.TARGET.stat().st_size <= 150_000
+    assert len({row["text"] for row in explorer["prefixes"]}) == 12
+    for row in explorer["prefixes"]:
+        for side in ("policy", "reference"):
+            roots = torch.tensor(prefixes.unpacked(row[side]), dtype=torch.float64)
+            assert len(roots) == len(explorer["tokens"]) == 4096 and roots.min() >= 1
+            # A root is off by at most 1/2, a square by its root + 1/4; raised to 1, by less than 1.
+            bound = (roots + 1.25).sum() / explorer["scale"] ** 2
+            assert abs(roots.square().sum() / explorer["scale"] ** 2 - 1) <= bound
+            assert abs(stored(row, side).sum() - 1) < 1e-12
+
+
+def test_the_interactive_page_has_the_models_kl(explorer):
+    """Of the probabilities as stored, against float64 from the models.
+
+    A root's error d is uniform within 1/2 of a unit. Its first order moves the KL by
+    2 sqrt(p) (log p/q - KL) d, or 2 sqrt(q) (1 - p/q) d for the reference; its second, in the
+    mean, by at most (|log p/q| + 3 + p/q) d^2.
+    """
+    for row in explorer["prefixes"]:
+        p, q = stored(row, "policy"), stored(row, "reference")
+        log_ratio = (p / q).log()
+        kl = (p * log_ratio).sum()
+        first = (p * (log_ratio - kl) ** 2).sum() + (q * (1 - p / q) ** 2).sum()
+        error = (first / 3).sqrt() / explorer["scale"]
+        second = (log_ratio.abs() + 3 + p / q).sum() / 12 / explorer["scale"] ** 2
+        off = abs(kl.item() - row["kl"])
+        assert off <= 5 * error + second
+        assert off < 0.0005  # as the page says
+
+
+def test_the_interactive_page_has_the_shipped_reference(explorer):
+    "Its distributions, from the model itself; the policy needs a study, so its weights are named"
+    transformers = pytest.importorskip("transformers")
+    pocket = ROOT / "klrb" / "assets" / "pocket"
+    assert explorer["reference_sha256"] == prefixes.digest(pocket)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pocket)
+    model = transformers.AutoModelForCausalLM.from_pretrained(pocket, dtype="float64").eval()
+    assert explorer["tokens"] == [tokenizer.decode([o]) for o in range(len(tokenizer))]
+    for row in explorer["prefixes"]:
+        with torch.no_grad():
+            logits = model(tokenizer(row["text"], return_tensors="pt").input_ids).logits[0, -1]
+        roots = torch.tensor(prefixes.unpacked(row["reference"]))
+        wanted = (logits.softmax(-1).sqrt() * explorer["scale"]).clamp(min=1)
+        assert (roots - wanted).abs().max() <= 0.5 + 1e-6
+
+
+def test_the_interactive_page_says_what_its_numbers_say(built, explorer):
+    target, _ = built
+    text = (target / "prefix_explorer.md").read_text(encoding="utf-8")
+    assert f"over all {explorer['prompts']} the mean KL" in text
+    assert f"is {explorer['mean_kl']:.3f} nats" in text and f"1/{explorer['scale']}" in text
+    assert "(theory/101_one_step.ipynb)" in text  # for the site
+    index = json.loads((target / "index.ipynb").read_text())["cells"]
+    assert "theory/101_one_step\nprefix_explorer\ntheory/102" in index[-1]["source"]
+    assert "(prefix_explorer.md)" in "".join(o["source"] for o in index)
