@@ -3,6 +3,7 @@
 The built site is tested by `make test-site`.
 """
 
+import ast
 import json
 import re
 import sys
@@ -198,6 +199,80 @@ def test_references_are_read_and_written():
         '- <a id="rao1945"></a>**Rao et al. 1945.** *T*. '
         "[arXiv:1.2](https://arxiv.org/abs/1.2). Cited in [101](101_one_step.ipynb)."
     )
+
+
+# ---- launch buttons and the workflow ----
+
+LAUNCHED = [o for o in book.read_pages().values() if book.light(o)]
+
+
+def imported(tree: ast.AST, everywhere: bool) -> set:
+    "Names of imported modules; without `everywhere`, those that importing the module imports"
+    found = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {o.name for o in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "klrb." * (node.level > 0) + (node.module or "")
+            found |= {base.rstrip("."), *(f"{base}.{o.name}" for o in node.names)}
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        elif everywhere or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found |= imported(node, everywhere)
+    return found
+
+
+def needed(names: set) -> set:
+    "Top-level packages that `names` lead to, through the modules of klrb"
+    seen, todo = set(), set(names)
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        path = ROOT / (name.replace(".", "/") + ".py")
+        if name.startswith("klrb.") and path.exists():
+            todo |= imported(ast.parse(path.read_text(encoding="utf-8")), False) - seen
+    return {o.partition(".")[0] for o in seen} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("page", LAUNCHED, ids=[o.name for o in LAUNCHED])
+def test_a_chapter_with_a_launch_button_needs_what_the_launchers_install(page):
+    cells = [o for o in page.notebook["cells"] if o["cell_type"] == "code"]
+    found = set().union(*(imported(ast.parse(book.source(o)), True) for o in cells))
+    installed = {"torch", "klrb", "fastcore", "matplotlib", "pandas", "numpy", "IPython"}
+    assert needed(found) <= installed
+    code = "\n".join(map(book.source, cells))
+    assert not re.search(r"\.\./|outputs/", code)  # no clone beside it
+
+
+def test_the_walk_of_imports_sees_what_a_launcher_lacks():
+    assert "transformers" in needed({"klrb.models"}) and "trl" in needed({"klrb.rloo"})
+    assert imported(ast.parse("def f():\n    import scipy"), True) == {"scipy"}
+    assert not imported(ast.parse("def f():\n    import scipy"), False)
+
+
+def test_binder_installs_the_clone_that_it_starts_in():
+    "pip takes a path of a requirements file from where it runs, which is the clone"
+    lines = (ROOT / ".binder" / "requirements.txt").read_text().split("\n")
+    assert "-e ." in lines and "-e .." not in lines
+    assert {"torch", "fastcore", "matplotlib", "pandas", "jinja2"} <= set(lines)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")))
+def test_workflows_call_what_there_is(path):
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+    targets = re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M)
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert all(("run" in o) != ("uses" in o) for o in steps)
+    for step in steps:
+        assert re.fullmatch(r"[\w/-]+@v\d+", step.get("uses", "actions/checkout@v4"))
+        for target in re.findall(r"\bmake (\w[\w-]*)", step.get("run", "")):
+            assert target in targets
+        if step.get("run", "").startswith(".ci/"):
+            assert (ROOT / step["run"]).exists()
+    if path.name == "pages.yml":
+        upload = next(o for o in steps if "upload-pages-artifact" in o.get("uses", ""))
+        assert upload["with"]["path"] in (ROOT / "Makefile").read_text()
 
 
 # ---- the interactive page ----

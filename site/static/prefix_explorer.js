@@ -105,7 +105,7 @@ class Explorer {
     this.step = stepOf(this.data.prefixes[this.part.prefix.value]);
     const { kl, deviation } = this.step;
     this.part.kl.textContent = kl.toFixed(3);
-    this.part.deviation.textContent = deviation.toFixed(3);
+    this.part.deviation.textContent = deviation.toPrecision(3);
     this.part.needed.textContent = Math.ceil((deviation / (0.05 * kl)) ** 2).toLocaleString("en");
     this.table();
     this.restart();
@@ -151,7 +151,7 @@ class Explorer {
     const error = this.error();
     this.part.count.textContent = n.toLocaleString("en");
     this.part.mc.textContent = n ? signed(this.means.at(-1)) : "\u2013";
-    this.part.error.textContent = Number.isNaN(error) ? "\u2013" : error.toFixed(3);
+    this.part.error.textContent = Number.isNaN(error) ? "\u2013" : error.toPrecision(2);
     this.part.negative.textContent = n ? `${Math.round((100 * this.negative) / n)} %` : "\u2013";
     this.part.rb.textContent = this.step.kl.toFixed(3);
     this.chart();
