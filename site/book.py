@@ -12,7 +12,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 NBS = ROOT / "nbs"
 PARTS = {
     "theory": "1 Theory",
@@ -26,8 +27,9 @@ PARTS = {
     "ground": "Ground",
     "experiments": "Experiments",
 }
+EXTRA = {"prefix_explorer": "theory/101_one_step"}  # pages of this folder, and what they follow
 REFERENCES = "theory/114_references"  # on the site, the bibliography
-BIBLIOGRAPHY = Path(__file__).resolve().parent / "references.bib"
+BIBLIOGRAPHY = HERE / "references.bib"
 LONG = 24  # lines; longer code folds
 ENVIRONMENTS = ("Theorem", "Proposition", "Lemma", "Corollary", "Definition", "Proof", "Remark")
 # A chapter that imports nothing else runs wherever torch does.
@@ -204,7 +206,8 @@ class Rewriter:
             if anchor in page.labels:
                 return self.reference(page, page, text, anchor)
             return match[0]
-        where = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(page.name), path))
+        folder = "site" if page.name in EXTRA else f"nbs/{posixpath.dirname(page.name)}"
+        where = posixpath.normpath(posixpath.join(folder, path))
         if not (ROOT / where).exists():
             raise BookError(f"{page.name}: {address} does not exist")
         if image:
@@ -222,6 +225,10 @@ class Rewriter:
             here = posixpath.dirname(page.name) or "."
             to = posixpath.relpath(name, here) + ".ipynb"
             return f"[{text}]({to}{'#' + anchor if anchor else ''})"
+        extra = where.removeprefix("site/").removesuffix(".md")
+        if extra in EXTRA:
+            self.counts["links"] += 1
+            return f"[{text}]({posixpath.relpath(extra, posixpath.dirname(page.name) or '.')}.md)"
         kind = "tree" if (ROOT / where).is_dir() else "blob"
         return f"[{text}]({self.repository}/{kind}/main/{where})"
 
@@ -425,13 +432,13 @@ def toctrees(pages: dict, api: list) -> str:
     text = []
     for part, caption in PARTS.items():
         names = sorted(o for o in pages if o.startswith(part + "/"))
+        for extra, chapter in EXTRA.items():
+            if chapter in names:
+                names.insert(names.index(chapter) + 1, extra)
         if names:
             text += ["```{toctree}", ":hidden:", f":caption: {caption}", "", *names, "```", ""]
-    text += ["```{toctree}", ":hidden:", ":caption: Reference", "", "api/index", *EXTRA, "```", ""]
+    text += ["```{toctree}", ":hidden:", ":caption: Reference", "", "api/index", "```", ""]
     return "\n".join(text)
-
-
-EXTRA = ["prefix_explorer"] if (Path(__file__).parent / "prefix_explorer.md").exists() else []
 
 
 def build(target: Path, repository: str) -> dict:
@@ -460,7 +467,8 @@ def build(target: Path, repository: str) -> dict:
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(json.dumps(notebook))
     for extra in EXTRA:
-        shutil.copy(Path(__file__).parent / f"{extra}.md", target)
+        page, text = Page(extra, {}, ""), (HERE / f"{extra}.md").read_text(encoding="utf-8")
+        (target / f"{extra}.md").write_text(rewriter.markdown(page, text), encoding="utf-8")
     return dict(
         rewriter.counts,
         pages=len(pages),

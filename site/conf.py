@@ -84,6 +84,15 @@ def add_mathjax(app, exception):
     shutil.copy(script, target)
 
 
+def add_explorer(app, pagename, templatename, context, doctree):
+    "The interactive page has its data in itself: a page read from a file may not fetch any."
+    if pagename != "prefix_explorer":
+        return
+    data = (HERE / "prefix_explorer.json").read_text(encoding="utf-8").replace("</", "<\\/")
+    app.add_js_file(None, body=data, type="application/json", id="prefix-data")
+    app.add_js_file("prefix_explorer.js", loading_method="defer")
+
+
 def add_sitemap(app, exception):
     if exception or app.builder.name != "html":
         return
@@ -106,5 +115,6 @@ def add_not_found(app, exception):
 
 
 def setup(app):
+    app.connect("html-page-context", add_explorer)
     for step in (add_mathjax, add_sitemap, add_not_found):
         app.connect("build-finished", step)

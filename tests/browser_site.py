@@ -5,6 +5,7 @@ Chromium is Debian's package, or what CHROMIUM names.
 
 import functools
 import http.server
+import json
 import os
 import re
 import shutil
@@ -16,10 +17,12 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 from playwright.sync_api import sync_playwright
 
-SITE = Path(__file__).resolve().parents[1] / "build" / "site" / "html"
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "build" / "site" / "html"
 PAGES = sorted(o.relative_to(SITE).as_posix() for o in SITE.glob("**/*.html"))
 PAGES = [o for o in PAGES if not o.startswith("_static/") and o != "404.html"]
 BOOK = [o for o in PAGES if o != "search.html"]
+SLOW = 240_000  # ms: a busy machine takes a minute to load a page
 PHONE, DESKTOP = dict(width=390, height=800), dict(width=1280, height=900)
 
 
@@ -53,6 +56,7 @@ def page(browser):
     context = browser.new_context(
         viewport=DESKTOP, permissions=["clipboard-read", "clipboard-write"]
     )
+    context.set_default_timeout(SLOW)
     yield context.new_page()
     context.close()
 
@@ -61,6 +65,7 @@ def page(browser):
 def phone(browser):
     "One page for all loads, so that scripts and styles are fetched once"
     started = browser.new_page(viewport=PHONE)
+    started.set_default_timeout(SLOW)
     yield started
     started.close()
 
@@ -92,10 +97,13 @@ def test_page_loads_without_error_and_fits_a_phone(phone, address, name):
     problems += phone.evaluate(broken)
     problems += phone.evaluate("[...document.querySelectorAll('mjx-merror')].map(o => o.title)")
     width = phone.evaluate("document.documentElement.scrollWidth")
+    glyphs = phone.locator("div.math mjx-c")
+    lefts = glyphs.evaluate_all("all => all.map(o => o.getBoundingClientRect().left)")
     for event, listener in events.items():
         phone.remove_listener(event, listener)
     assert not problems
     assert width <= PHONE["width"]
+    assert min(lefts, default=0) >= 0  # where no scrolling leads
 
 
 class Anchors(HTMLParser):
@@ -200,12 +208,18 @@ def test_the_table_of_libraries_filters(page, address):
 @pytest.mark.parametrize("theme, dark", [("light", False), ("dark", True)])
 def test_the_theme_follows_the_reader(browser, address, theme, dark):
     page = browser.new_page(color_scheme=theme)
+    page.set_default_timeout(SLOW)
     page.goto(address + "theory/104_gradient.html")
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     red = int(re.findall(r"\d+", colour)[0])
     turned = page.evaluate("getComputedStyle(document.querySelector('.cell_output img')).filter")
+    page.goto(address + "theory/105_libraries.html")
+    grounds = page.locator(".cell_output .text_html").evaluate_all(
+        "all => all.map(o => getComputedStyle(o).backgroundColor)"
+    )
     page.close()
     assert (red < 60) == dark and ("invert" in turned) == dark
+    assert set(grounds) == {"rgba(0, 0, 0, 0)"}  # the page's own, in both
 
 
 def test_first_page_leads_to_what_a_stranger_looks_for(page, address):
@@ -225,6 +239,96 @@ def test_where_nothing_is_and_what_there_is(page, address):
     assert all(
         o == "index.html" or o in listed for o in BOOK if o != "genindex.html" and "-mod" not in o
     )
+    urls = re.findall(r"<loc>(.*)</loc>", listed)
+    root = page.get_attribute("a", "href")  # of the site, where a host puts it
+    assert len(urls) == len(set(urls)) and urls[0] == root
+    assert all((SITE / o.removeprefix(root)).exists() for o in urls)
+
+
+# ---- the interactive page ----
+
+EXPLORER = "prefix_explorer.html"
+
+
+def part(page, name: str):
+    return page.locator(f'#prefix-explorer [data-part="{name}"]')
+
+
+def number(page, name: str) -> float:
+    return float(part(page, name).inner_text().replace(",", "").replace("\u2212", "-"))
+
+
+def bars(page) -> list:
+    return part(page, "rows").locator(".bar").evaluate_all("all => all.map(o => o.style.width)")
+
+
+def test_another_prefix_has_other_bars_and_another_kl(page, address):
+    recorded = json.loads((ROOT / "site" / "prefix_explorer.json").read_text(encoding="utf-8"))
+    page.goto(address + EXPLORER)
+    seen = set()
+    for i, row in enumerate(recorded["prefixes"]):
+        part(page, "prefix").select_option(str(i))
+        assert part(page, "prefix").locator("option:checked").inner_text() == row["text"]
+        assert abs(number(page, "kl") - row["kl"]) <= 0.001  # stored roots, shown to 3 digits
+        products = part(page, "rows").locator("td:last-child").all_inner_texts()
+        products = [float(o.replace("\u2212", "-")) for o in products]
+        assert abs(sum(products) - number(page, "total")) <= 0.0005 * (len(products) + 1)
+        seen.add(tuple(bars(page)))
+    assert len(seen) == len(recorded["prefixes"])
+
+
+def test_draws_come_to_the_sum(page, address):
+    "Within five standard errors at every prefix; the draws are the same at each visit"
+    page.goto(address + EXPLORER)
+    for i in range(part(page, "prefix").locator("option").count()):
+        part(page, "prefix").select_option(str(i))
+        assert number(page, "count") == 0
+        for _ in range(4):
+            page.locator('button[data-draws="1000"]').click()
+        assert number(page, "count") == 4000
+        error = number(page, "deviation") / 4000**0.5  # exact, of the mean
+        assert abs(number(page, "mc") - number(page, "rb")) <= 5 * error + 0.001
+        # A variance from n draws is off by sqrt(kurtosis / n) of itself, its root by half of that;
+        # the kurtosis is below 80 at every prefix, and two digits are shown.
+        assert abs(number(page, "error") / error - 1) < 5 * 0.5 * (80 / 4000) ** 0.5 + 0.05
+        assert part(page, "rb").inner_text() == part(page, "kl").inner_text()
+        assert part(page, "rows").locator("tr.drawn").count() == 1
+        line = part(page, "chart").locator("polyline.mc").get_attribute("points")
+        assert len(line.split()) > 100
+    part(page, "again").click()
+    assert number(page, "count") == 0 and part(page, "rows").locator("tr.drawn").count() == 0
+
+
+def test_the_interactive_page_answers_to_keys(page, address):
+    page.goto(address + EXPLORER)
+    before = bars(page)
+    part(page, "prefix").focus()
+    page.keyboard.press("ArrowDown")
+    assert bars(page) != before
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Space")
+    assert number(page, "count") == 2
+    assert "\u201c" in part(page, "last").inner_text()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_interactive_page_on_a_phone_and_from_a_file(browser, theme):
+    page = browser.new_page(viewport=PHONE, color_scheme=theme)
+    page.set_default_timeout(SLOW)
+    problems = []
+    page.on("console", lambda o: problems.append(o.text) if o.type == "error" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda o: o.url.startswith("file:") or problems.append(o.url))
+    page.goto((SITE / EXPLORER).as_uri())
+    for i in range(part(page, "prefix").locator("option").count()):
+        part(page, "prefix").select_option(str(i))
+        page.locator('button[data-draws="100"]').click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+        right = "all => Math.max(...all.map(o => o.getBoundingClientRect().right))"
+        assert page.locator("#prefix-explorer *").evaluate_all(right) <= PHONE["width"]
+    page.close()
+    assert not problems
 
 
 def test_size():
