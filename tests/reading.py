@@ -1,7 +1,8 @@
 """What a reader sees in nbs/experiments: the published runs, rendered from their tables.
 
-python tests/reading.py           outputs into nbs/experiments, pictures into outputs/published
-python tests/reading.py figures   nbs/results: the README's pictures, outputs/published/figures
+python tests/reading.py             outputs into nbs/experiments, pictures into outputs/published
+python tests/reading.py figures     nbs/results: the README's pictures, outputs/published/figures
+python tests/reading.py add FOLDER  runs that rloo.ipynb wrote into FOLDER, into the pocket study
 """
 
 import json
@@ -17,7 +18,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS, PUBLISHED = ROOT / "nbs" / "experiments", ROOT / "outputs" / "published"
-NAMES = ("prepare", "variance", "steps", "rloo", "pareto", "plateau")
+NAMES = ("prepare", "variance", "steps", "rloo", "pareto", "ceiling", "plateau")
 RUN = "rb-beta0.5-seed0"  # the run that rloo.ipynb shows: the notebook's own defaults
 
 
@@ -35,6 +36,25 @@ def restore_runs(study: Path, folder: Path) -> None:
         long.to_csv(folder / name / "metrics.csv", index=False)
         for file in ("params.json", "result.json"):
             (folder / name / file).write_text(json.dumps(result))
+
+
+def add_runs(study: Path, folder: Path) -> None:
+    "The finished runs of a folder into the two tables of a study: undoes `restore_runs`."
+    old, curves = (pd.read_csv(study / "rloo" / f"{o}.csv", dtype=str) for o in ("runs", "metrics"))
+    runs, metrics = [old], [curves]
+    for path in sorted(folder.glob("*/result.json")):
+        curve = path.with_name("metrics.csv")
+        what = json.loads(path.read_text()) | dict(bytes=curve.stat().st_size)
+        name = "{kl_estimator}-beta{beta:g}-seed{seed}".format(**what)
+        row = {key: value if isinstance(value, str) else repr(value) for key, value in what.items()}
+        runs.append(pd.DataFrame([dict(row, folder=name)])[old.columns])
+        wide = pd.read_csv(curve, dtype=str).pivot(index="step", columns="metric", values="value")
+        wide = wide.sort_index(key=lambda o: o.astype(int)).reset_index().assign(folder=name)
+        metrics.append(wide[curves.columns])
+    for name, parts, key in (("runs", runs, ["folder"]), ("metrics", metrics, ["folder", "step"])):
+        table = pd.concat(parts).drop_duplicates(key, keep="last")
+        table = table.sort_values("folder", kind="stable")
+        table.to_csv(study / "rloo" / f"{name}.csv", index=False)
 
 
 def parameters(name: str, study: str, folder: Path) -> dict:
@@ -83,9 +103,9 @@ def render(name: str, study: str, folder: Path) -> nbformat.NotebookNode:
 
 
 def written(name: str, folder: Path) -> list[Path]:
-    "Pictures, and the tables of pareto that the tables of its runs determine."
-    tables = ("training.csv", "change.csv") if name == "pareto" else ()
-    return [*folder.glob("*.png"), *(folder / o for o in tables)]
+    "Pictures, and the tables of pareto, which the tables of its runs determine."
+    names = ("runs", "cells", "paired", "spread", "training", "change") if name == "pareto" else ()
+    return [*folder.glob("*.png"), *(folder / f"{o}.csv" for o in names)]
 
 
 def reading() -> None:
@@ -113,4 +133,12 @@ def figures() -> None:
 
 
 if __name__ == "__main__":
-    figures() if sys.argv[1:] == ["figures"] else reading()
+    match sys.argv[1:]:
+        case []:
+            reading()
+        case ["figures"]:
+            figures()
+        case ["add", folder]:
+            add_runs(PUBLISHED / "pocket", Path(folder))
+        case _:
+            sys.exit(__doc__)

@@ -66,6 +66,22 @@ def test_the_tables_of_pareto_are_those_of_its_published_runs(tmp_path):
         pd.testing.assert_frame_equal(ours, pd.read_csv(path), rtol=1e-4, atol=1e-5)
 
 
+def test_runs_that_are_added_to_a_study_are_in_its_tables(tmp_path):
+    published, study, folder = reading.PUBLISHED / "smol", tmp_path / "study", tmp_path / "runs"
+    (study / "rloo").mkdir(parents=True)
+    reading.restore_runs(published, folder)
+    whole = {o: pd.read_csv(published / "rloo" / f"{o}.csv") for o in ("runs", "metrics")}
+    for name, table in whole.items():  # without one method, and with one run that is added again
+        rest = table[~table.folder.str.startswith("rb-") | (table.folder == "rb-beta0.1-seed0")]
+        rest.to_csv(study / "rloo" / f"{name}.csv", index=False)
+    reading.add_runs(study, folder)
+    for name, table in whole.items():
+        found = pd.read_csv(study / "rloo" / f"{name}.csv")
+        assert (found.bytes > 0).all() if name == "runs" else found.step.max() == 60
+        kept = [o for o in table if o != "bytes"]
+        pd.testing.assert_frame_equal(found[kept], table[kept], check_dtype=False)
+
+
 def shown(nb):
     "What a reader sees, a list for each cell: texts and tables, and that there is a picture."
     seen = {}
