@@ -5,6 +5,7 @@
 # %% ../nbs/compare/421_llama_cpp.ipynb #16582c96
 from __future__ import annotations
 
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +70,9 @@ class LlamaCpp(nn.Module):
         pairs = enumerate(zip(ids, self._read))
         same = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(self._read)))
         self._read = []  # until the rest has been read
+        if any(getattr(self.llama, o, False) for o in ("_is_recurrent", "_is_hybrid")):
+            same = 0  # such a state cannot be cut back
+            self.llama.reset()
         self.llama.n_tokens = same
         if same < len(ids):
             self.llama.eval(ids[same:])
@@ -112,8 +116,9 @@ def load_llama_cpp(
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         size = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-        layers = 0 if str(device) == "cpu" else -1
+        layers, threads = 0 if str(device) == "cpu" else -1, torch.get_num_threads()
         settings = dict(n_ctx=size, logits_all=True, n_gpu_layers=layers, verbose=False)
+        settings |= dict(n_threads=threads, n_threads_batch=threads)
         llama = Llama(str(path), **settings)
     except (ValueError, OSError, RuntimeError, KeyError, TypeError) as error:
         raise InputError(
@@ -121,4 +126,6 @@ def load_llama_cpp(
         ) from error
     config.vocab_size, config.max_position_embeddings = llama.n_vocab(), size
     config.name_or_path = name
-    return LlamaCpp(llama, config, digest(path)).eval()
+    model = LlamaCpp(llama, config, digest(path)).eval()
+    weakref.finalize(model, llama.close)  # left to the end of Python, it fails there, and says so
+    return model

@@ -4,10 +4,14 @@ So the numbers must be those of the same file read through transformers, on eith
 modes.
 """
 
+import gc
+import subprocess
 import sys
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -20,6 +24,7 @@ from klrb.cli import app
 from klrb.compare.text import measure_text
 from klrb.measure import measure_kl
 from klrb.models import load_model, load_tokenizer
+from klrb.steps import step_kl
 
 
 class Llama:
@@ -27,8 +32,13 @@ class Llama:
 
     noise = 0.0
 
-    def __init__(self, model_path, n_ctx, logits_all, n_gpu_layers, verbose):
+    closed = 0  # how often one was
+
+    def __init__(
+        self, model_path, n_ctx, logits_all, n_gpu_layers, verbose, n_threads, n_threads_batch
+    ):
         assert logits_all and not verbose and n_gpu_layers in (0, -1)
+        assert n_threads == n_threads_batch == torch.get_num_threads()
         self.model, self.room = load_model(model_path), n_ctx
         self.n_tokens, self.input_ids = 0, []
         self.scores = np.full((n_ctx, self.n_vocab()), np.nan, dtype=np.float32)
@@ -38,6 +48,12 @@ class Llama:
 
     def n_ctx(self):
         return self.room
+
+    def close(self):
+        Llama.closed += 1
+
+    def reset(self):
+        self.n_tokens = 0
 
     @torch.no_grad()
     def eval(self, tokens):
@@ -102,6 +118,25 @@ def test_what_it_is_told_to_a_reader(files):
     assert model.device.type == "cpu" and model.dtype == torch.float32
 
 
+def test_it_is_closed_with_the_model(files):
+    before, model = Llama.closed, load_model("llama:a.gguf")
+    del model
+    gc.collect()
+    assert Llama.closed == before + 1
+
+
+@pytest.mark.parametrize("kind", ["_is_recurrent", "_is_hybrid"])
+def test_a_recurrent_state_is_not_cut_back(files, monkeypatch, kind):
+    "It has seen what was read, and reads every row from its beginning"
+    model, read = load_model("llama:a.gguf"), []
+    evaluate = Llama.eval
+    monkeypatch.setattr(Llama, "eval", lambda o, ids: (read.append(o.n_tokens), evaluate(o, ids)))
+    monkeypatch.setattr(Llama, kind, True, raising=False)
+    for row in ([1, 2], [1, 2, 3], [1, 2, 3], [1, 3]):
+        model(torch.tensor([row]))
+    assert read == [0, 0, 0, 0]
+
+
 BAD = {
     "not there": (["llama:nowhere.gguf"], "is no GGUF file"),
     "no GGUF": (["llama:a.bin"], "write llama:FILE.gguf"),
@@ -125,3 +160,51 @@ def test_without_the_package_it_says_what_to_install(files, monkeypatch):
     monkeypatch.setattr(klrb.llama_cpp, "find_spec", lambda name: None)
     answer = CliRunner().invoke(app, ["measure", "llama:a.gguf", "./a.gguf"])
     check_error(answer, "pip install 'klrb[llama]'")
+
+
+REAL = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="needs klrb[llama]")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    "Files that llama.cpp itself reads: the weights as they are, and in 8 bits."
+    folder, model = tmp_path_factory.mktemp("llama"), model_of("llama").float()
+    write(model, folder / "a.gguf", "llama")
+    write(model, folder / "q.gguf", "llama", quantise=gguf.GGMLQuantizationType.Q8_0)
+    return folder
+
+
+@REAL
+@pytest.mark.slow
+@torch.no_grad()
+def test_logits_of_llama_cpp_itself(real):
+    "Up to its cache of keys and values in float16, and whatever was read before"
+    run, weights = load_model(f"llama:{real}/a.gguf"), load_model(f"{real}/a.gguf")
+    for row in ([1, 2], [1, 2, 3, 2, 1, 4], [1, 2, 3], [1, 3, 3, 4], [2], [1, 3, 3, 4]):
+        ids = torch.tensor([row])
+        found, wanted = run(ids).logits, weights(input_ids=ids).logits
+        assert found.shape == wanted.shape
+        assert (found - wanted).abs().max() < 8 * 2**-11 * wanted.abs().max()
+        kl = step_kl(found.double(), wanted.double())
+        assert kl.max() < (8 * 2**-11 * wanted.abs().max()) ** 2
+
+
+@REAL
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a", "q"])
+def test_llama_cpp_itself_on_either_side(real, name):
+    "Sampling and text: next to nothing against its own weights"
+    run, weights = f"llama:{real}/{name}.gguf", f"{real}/{name}.gguf"
+    for pair in ((run, weights), (weights, run), (run, run)):
+        assert abs(measure_kl(*pair, **SETTINGS).kl.mean) < 1e-3
+        text = measure_text(*pair, ["A B C D", "B A", "D D A C B"]).statistics
+        assert abs(text.value[0]) < 1e-3
+
+
+@REAL
+@pytest.mark.slow
+def test_llama_cpp_itself_says_nothing_at_the_end(real):
+    "A process that has used it ends without a traceback"
+    code = f"from klrb.models import load_model; model = load_model('llama:{real}/a.gguf')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Traceback" not in done.stderr

@@ -427,6 +427,7 @@ HIDDEN = {
     "weight of integers": ({"a-head": dict(weight=lambda o: o.long())}, "floating-point numbers"),
     "vector as weight": ({"a-head": dict(weight=lambda o: o[0])}, "it must be (V, H)"),
     "NaN weight": ({"b-head": dict(weight=at((1, 1), torch.nan))}, "NaN or infinity in `weight`"),
+    "endless": ({"b-head": dict(weight=at((1, 1), -torch.inf))}, "NaN or infinity in `weight`"),
     "bias of another length": ({"a-head": dict(bias=lambda o: o[:3])}, "is no head"),
     "head of another model": ({"a-head": dict(weight=lambda o: o[:, :5])}, "different models"),
     "lower head": (

@@ -357,7 +357,8 @@ def read_head(
 
 def _finite_tensor(file: _File, key: str) -> Tensor:
     found = file.tensor(key, integer=False)
-    if not found.isfinite().all():
+    ends = torch.aminmax(found) if found.numel() else ()  # NaN and infinity are among them
+    if not all(o.isfinite() for o in ends):
         raise file.refuse(f"has NaN or infinity in `{key}`.")
     return found
 
