@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
@@ -55,6 +56,7 @@ def test_the_tables_of_pareto_are_those_of_its_published_runs(tmp_path):
     space["planned"] = 28  # 27 are published
     cells = nbformat.read(reading.EXPERIMENTS / "pareto.ipynb", 4).cells
     cells = [o for o in cells if o.cell_type == "code" and "tags" not in o.metadata]
+    plt.close("all")  # of other tests in this process
     exec(AGG + "\n".join(o.source for o in cells), space)
     figures = [space["plt"].figure(i) for i in space["plt"].get_fignums()]
     space["plt"].close("all")
