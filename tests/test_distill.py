@@ -741,12 +741,8 @@ def test_the_small_study_prints_the_kl_that_it_wrote(small, tmp_path, capsys):
     assert json.loads(result)["finished"] == ["dpo"]
 
 
-@pytest.mark.parametrize(
-    "plan", [dict(pairs=["dpo", "rloo"]), dict(methods=["rb", "step_kl"])]
-)
+@pytest.mark.parametrize("plan", [dict(pairs=["dpo", "rloo"]), dict(methods=["rb", "step_kl"])])
 def test_a_rate_that_was_never_chosen_is_missed_before_anything_is_run(small, tmp_path, plan):
-    with pytest.raises(
-        InputError, match="has no rate of '(rb|step_kl)' for the pair '(rloo|dpo)'"
-    ):
+    with pytest.raises(InputError, match="has no rate of '(rb|step_kl)' for the pair '(rloo|dpo)'"):
         small(**plan)
     assert not (tmp_path / "out/evaluation.csv").exists()
