@@ -164,6 +164,7 @@ def sample(
     eos: int,  # ends a completion
     generators: list[torch.Generator],  # one for each seed
     seed_of: Tensor,  # which of them an arm draws with, (A,)
+    ends: bool = True,  # False: the end is never drawn
 ) -> tuple[Tensor, Tensor]:  # completions, 1 up to and including their end, (A, B, T) each
     arms, rollouts, width = ids.shape
     full = torch.cat([mask, mask.new_ones(arms, rollouts, length)], -1)
@@ -176,6 +177,8 @@ def sample(
     alive, tokens, kept = mask.new_ones(arms, rollouts), [], []
     for t in range(length):
         logits = torch.bmm(hidden[:, :, 0], head).float()
+        if not ends:
+            logits[..., eos] = -torch.inf
         noise = torch.stack(
             [torch.empty_like(logits[0]).exponential_(generator=o) for o in generators]
         )

@@ -34,7 +34,9 @@ class Plan:
     "Numbers of the study; the defaults are those of the published run."
 
     methods: tuple[str, ...] = METHODS
-    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)  # tried for each
+    ends: bool = True  # False: no text ends, for teacher and student the end has no probability
+    rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4)  # tried for each; one: taken as it is
+    tune_updates: int = 150  # of the runs that try them
     tune_seeds: tuple[int, ...] = (1000,)
     seeds: tuple[int, ...] = (0, 1, 2)
     updates: int = 150
@@ -44,9 +46,10 @@ class Plan:
     evaluate_at: tuple[int, ...] = (0, 25, 50, 75, 100, 125, 150)
     eval_prompts: int = 128
     eval_completions: int = 2  # of each
-    eval_chunk: int = 64  # rollouts of an arm at once
+    eval_chunk: int = 32  # rollouts of an arm at once
     trace_batches: int = 32  # independent batches behind a covariance
     trace_chunk: int = 8  # of them at once
+    trace_methods: tuple[str, ...] = METHODS
     trace_at: tuple[int, ...] = (0, 75, 150)  # updates of the `rb` run of the first seed
     first_updates: int = 800  # off-policy, on reviews
     first_rate: float = 5e-4  # falls linearly, after a tenth of warm-up
@@ -100,25 +103,34 @@ def leaves_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: o.detach().requires_grad_() for name, o in weights.items()}
 
 
-def log_probs(model: Llama, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    "(A, B, T, V) in float32."
+def log_probs(
+    model: Llama, weights: dict[str, Tensor], hidden: Tensor, without: int | None = None
+) -> Tensor:
+    "(A, B, T, V) in float32; the token `without` has no probability."
     logits = torch.bmm(hidden.flatten(1, 2), model.head(weights).transpose(1, 2)).float()
+    if without is not None:
+        far = torch.zeros_like(logits[0, 0]).index_fill_(
+            0, torch.tensor(without, device=logits.device), 1e4
+        )
+        logits = logits - far  # finite, so that the KL has no 0 times infinity
     return logits.log_softmax(-1).unflatten(1, hidden.shape[1:3])
 
 
 @torch.no_grad()
-def teacher_log_probs(model: Llama, weights: dict[str, Tensor], rollouts) -> Tensor:
+def teacher_log_probs(
+    model: Llama, weights: dict[str, Tensor], rollouts, without: int | None = None
+) -> Tensor:
     "Of one teacher, for all arms' rollouts, (A, B, T, V)."
     arms = rollouts[0].shape[:2]
     parts = zip(*(o.flatten(0, 1)[None].split(512, 1) for o in rollouts))
     hidden = torch.cat([step_hidden(model, weights, *part) for part in parts], 1)
-    return log_probs(model, weights, hidden)[0].unflatten(0, arms)
+    return log_probs(model, weights, hidden, without)[0].unflatten(0, arms)
 
 
-def score(student, weights, teacher, teacher_weights, rollouts) -> Scores:
+def score(student, weights, teacher, teacher_weights, rollouts, without=None) -> Scores:
     "What a loss reads, (A, B, T) each."
-    logp = log_probs(student, weights, step_hidden(student, weights, *rollouts))
-    logq = teacher_log_probs(teacher, teacher_weights, rollouts)
+    logp = log_probs(student, weights, step_hidden(student, weights, *rollouts), without)
+    logq = teacher_log_probs(teacher, teacher_weights, rollouts, without)
     token = rollouts[2][..., None]
     kl = (logp.exp() * (logp - logq)).sum(-1)
     picked = (o.gather(-1, token)[..., 0] for o in (logp, logq))
@@ -206,7 +218,13 @@ class Study:
 
     def drawn(self, generators, seed_of):
         "Arguments of `sample` after the prompts."
-        return self.plan.length, self.tokenizer.eos_token_id, generators, seed_of
+        eos = self.tokenizer.eos_token_id
+        return self.plan.length, eos, generators, seed_of, self.plan.ends
+
+    def scores(self, weights, rollouts) -> Scores:
+        without = None if self.plan.ends else self.tokenizer.eos_token_id
+        given = self.student, weights, self.teacher, self.teacher_weights, rollouts
+        return score(*given, without)
 
 
 def append(path: Path, frame: pd.DataFrame) -> None:
@@ -218,10 +236,11 @@ class Runs:
 
     def __init__(self, study: Study, arms: list[Arm], phase: str):
         plan, self.study, self.arms, self.phase = study.plan, study, arms, phase
+        self.total = plan.updates if phase == "final" else plan.tune_updates
         seeds = sorted({o.seed for o in arms})
         self.seed_of = torch.tensor([seeds.index(o.seed) for o in arms], device=study.device)
         self.generators = [torch.Generator(study.device).manual_seed(1000 + o) for o in seeds]
-        self.orders = prompt_orders(seeds, len(study.train.texts), plan.updates * plan.prompts)
+        self.orders = prompt_orders(seeds, len(study.train.texts), self.total * plan.prompts)
         self.weights = copies(study.start, len(arms))
         rates = torch.tensor([o.learning_rate for o in arms], device=study.device)
         self.optimizer = StackedAdamW(as_stack(self.weights), rates)
@@ -238,10 +257,10 @@ class Runs:
         drawn = study.drawn(self.generators, self.seed_of)
         rollouts = ids, mask, *sample(study.student, self.weights, ids, mask, *drawn)
         leaves = leaves_of(self.weights)
-        scores = score(study.student, leaves, study.teacher, study.teacher_weights, rollouts)
+        scores = study.scores(leaves, rollouts)
         loss = self.loss(scores, None, slice(0, len(self.arms)), plan.num_generations)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
-        left = torch.full((len(self.arms),), 1 - self.updates / plan.updates, device=study.device)
+        left = torch.full((len(self.arms),), 1 - self.updates / self.total, device=study.device)
         self.updates += 1
         whole = slice(0, len(self.arms))
         self.norm = self.optimizer.step(whole, gradients, left, self.updates)
@@ -260,8 +279,7 @@ class Runs:
             )
             drawn = study.drawn(generators, same)
             rollouts = ids, mask, *sample(study.student, self.weights, ids, mask, *drawn)
-            given = study.student, self.weights, study.teacher, study.teacher_weights, rollouts
-            pieces.append(judged(score(*given), part))
+            pieces.append(judged(study.scores(self.weights, rollouts), part))
         found = pd.concat(pieces).groupby(["arm", "prompt"]).mean().groupby("arm")
         rows = dict(
             pair="smol",
@@ -295,12 +313,12 @@ def run_stage(study: Study, arms: list[Arm], phase: str) -> tuple[Runs, dict[int
     now = time.perf_counter()
     deadline = study.deadline if phase == "final" else now + (study.deadline - now) / 2
     first = [i for i, o in enumerate(arms) if o.method == "rb"][:1]
-    judged_at = plan.evaluate_at if phase == "final" else (plan.updates,)
+    judged_at = plan.evaluate_at if phase == "final" else ()
     while True:
         if phase == "final" and runs.updates in plan.trace_at:
             kept |= {runs.updates: {k: o[i : i + 1].clone() for k, o in runs.weights.items()}
                      for i in first}  # fmt: skip
-        last = runs.updates == plan.updates or time.perf_counter() > deadline
+        last = runs.updates == runs.total or time.perf_counter() > deadline
         if last or runs.updates in judged_at:
             runs.evaluate()
         if last:
@@ -335,14 +353,13 @@ def gradient_rows(study: Study, weights: dict[str, Tensor], update: int) -> pd.D
         rows = []
         for part in rollouts:
             leaves = leaves_of(copies(weights, len(part[0])))
-            given = study.student, leaves, study.teacher, study.teacher_weights, part
-            loss = surrogate(method, score(*given), plan.num_generations)
+            loss = surrogate(method, study.scores(leaves, part), plan.num_generations)
             grads = torch.autograd.grad(loss, list(leaves.values()))
             rows.append(torch.cat([o.flatten(1) for o in grads], 1))
         return torch.cat(rows)
 
     exact = gradients("rb")
-    for method in plan.methods:
+    for method in plan.trace_methods:
         values = exact if method == "rb" else gradients(method)
         mean, other = values.mean(0), (values - exact).mean(0)
         row = dict(pair="smol", update=update, gradient=method, batch=range(number))
@@ -416,33 +433,50 @@ def load(args: argparse.Namespace, plan: Plan) -> Study:
     return Study(*given, args.device)
 
 
-def train(args: argparse.Namespace, plan: Plan) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = True
-    args.out.mkdir(parents=True, exist_ok=True)
-    for old in ("evaluation.csv", "gradients.csv", "rates.csv"):
-        (args.out / old).unlink(missing_ok=True)
-    study = load(args, plan)
-    say("loaded")
-    reviews = pd.read_parquet(args.prepared / "lm_train.parquet").text
-    texts = Texts(study.tokenizer, reviews, plan.text_tokens, args.device)
-    ones = {"teacher": (study.teacher, study.teacher_weights), "half": (study.student, study.start)}
-    found = {name: perplexities(*o, study.test)[0] for name, o in ones.items()}
-    given = study.student, study.start, study.teacher, study.teacher_weights, texts, plan
-    losses = first_stage(*given)
-    pd.DataFrame(dict(update=range(len(losses)), loss=losses)).to_csv(
-        args.out / "first.csv", index=False, float_format="%.5g"
-    )
-    found["start"] = perplexities(study.student, study.start, study.test)[0]
-    result = dict(plan=asdict(plan), perplexity=found, device=device_name(args.device))
-    say("off-policy", found, f"{np.mean(losses[-20:]):.3f} nats a token")
-    arms = [
+def make_start(study: Study, args: argparse.Namespace) -> dict[str, float]:  # perplexities
+    "Read the student that all arms start from, or make it by the off-policy stage."
+    plan, texts = study.plan, pd.read_parquet(args.prepared / "lm_train.parquet").text
+    student, teacher = (study.student, study.start), (study.teacher, study.teacher_weights)
+    found = dict(teacher=perplexities(*teacher, study.test)[0])
+    found["half"] = perplexities(*student, study.test)[0]
+    if args.start.is_file():
+        kept = torch.load(args.start, map_location=args.device, weights_only=True)
+        study.start.update(kept)
+    else:
+        texts = Texts(study.tokenizer, texts, plan.text_tokens, args.device)
+        losses = first_stage(*student, *teacher, texts, plan)
+        table = pd.DataFrame(dict(update=range(len(losses)), loss=losses))
+        table.to_csv(args.out / "first.csv", index=False, float_format="%.5g")
+        torch.save(study.start, args.start)
+    return found | dict(start=perplexities(*student, study.test)[0])
+
+
+def tuning(plan: Plan) -> list[Arm]:
+    "Runs that choose the rates."
+    return [
         Arm(method, 1.0, seed, rate, "linear")
         for method in plan.methods
         for rate in plan.rates
         for seed in plan.tune_seeds
     ]
-    run_stage(study, arms, "tune")
-    rates = best_rates(args.out)
+
+
+def train(args: argparse.Namespace, plan: Plan) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.start = args.start or args.out / "start.pt"
+    for old in ("evaluation.csv", "gradients.csv", "rates.csv"):
+        (args.out / old).unlink(missing_ok=True)
+    study = load(args, plan)
+    say("loaded")
+    found = make_start(study, args)
+    result = dict(plan=asdict(plan), perplexity=found, device=device_name(args.device))
+    say("start", found)
+    if len(plan.rates) > 1:
+        run_stage(study, tuning(plan), "tune")
+        rates = best_rates(args.out)
+    else:
+        rates = dict.fromkeys(plan.methods, plan.rates[0])
     pd.DataFrame(dict(pair="smol", gradient=rates.keys(), learning_rate=rates.values())).to_csv(
         args.out / "rates.csv", index=False
     )
@@ -481,6 +515,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", type=Path, required=True, help="the teacher, a folder or a GGUF file")
     p.add_argument("--prepared", type=Path, help="folder that `prepare` wrote")
     p.add_argument("--out", type=Path, required=True, help="folder of the tables")
+    p.add_argument("--start", type=Path, help="the first student; made when it is not there")
     p.add_argument("--device", default="cuda")
     p.add_argument("--seconds", type=float, default=3600.0, help="no update begins after them")
     p.add_argument("--plan", default="{}", help="settings to replace, as JSON")

@@ -16,9 +16,10 @@ from klrb.rlhf.many import Arm
 EOS = 0  # of the pocket tokenizer
 PROMPTS = ["this movie is", "i saw", "what a", "it was the"]
 PLAN = study.Plan(
-    rates=(1e-3,),
+    rates=(1e-3, 1e-2),
     seeds=(0,),
     updates=2,
+    tune_updates=2,
     prompts=2,
     num_generations=2,
     length=4,
@@ -177,3 +178,27 @@ def test_off_policy_training_lowers_its_loss(folders):
     args = given.student, given.start, given.teacher, given.teacher_weights, texts, plan
     losses = study.first_stage(*args)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_texts_that_cannot_end(folders):
+    "No end is drawn, and none is in the KL: by transformers, with the end's logit at minus infinity."
+    args = options(folders)
+    plan = study.replace(PLAN, ends=False, rates=(1e-3,), trace_at=())
+    study.train(args, plan)
+    table = pd.read_csv(args.out / "evaluation.csv")
+    assert (table.length == plan.length).all() and set(table.phase) == {"final"}
+    given = study.load(args, plan)
+    ids, mask = (o[:1].expand(1, 2, -1) for o in (given.train.ids, given.train.mask))
+    completions = torch.randint(1, 4096, (1, 2, 3))
+    rollouts = ids, mask, completions, torch.ones_like(completions, dtype=torch.bool)
+    found = given.scores(given.start, rollouts)
+    teacher = LlamaForCausalLM.from_pretrained(folders / "model").eval()
+    for row in range(2):
+        prompt = ids[0, row][mask[0, row]]
+        whole = torch.cat([prompt, completions[0, row]])[None]
+        logits = [
+            o(input_ids=whole).logits[0, len(prompt) - 1 : -1] for o in (pruned(teacher), teacher)
+        ]
+        logp, logq = (o.index_fill(-1, torch.tensor(EOS), -1e30).log_softmax(-1) for o in logits)
+        kl = (logp.exp() * (logp - logq)).sum(-1)
+        assert_close(found.step_kl[0, row], kl, rtol=1e-3, atol=1e-4)
