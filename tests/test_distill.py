@@ -743,6 +743,21 @@ def test_the_small_study_prints_the_kl_that_it_wrote(small, tmp_path, capsys):
 
 @pytest.mark.parametrize("plan", [dict(pairs=["dpo", "rloo"]), dict(methods=["rb", "step_kl"])])
 def test_a_rate_that_was_never_chosen_is_missed_before_anything_is_run(small, tmp_path, plan):
+    rates = pd.read_csv(ROOT / many_distill.SMALL.chosen).query("pair == 'dpo'")
+    rates.to_csv(tmp_path / "rates.csv", index=False)
+    plan |= dict(chosen=str(tmp_path / "rates.csv"))
     with pytest.raises(InputError, match="has no rate of '(rb|step_kl)' for the pair '(rloo|dpo)'"):
         small(**plan)
     assert not (tmp_path / "out/evaluation.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "plan, said",
+    [
+        (dict(pairs=["dpo", "dop"]), "`pairs` has 'dop'; it must be of dpo, norms, half"),
+        (dict(methods=["mc", "step_loss"]), "`methods` is mc, step_loss; it must hold rb"),
+    ],
+)
+def test_a_plan_that_cannot_be_read_is_refused(small, plan, said):
+    with pytest.raises(InputError, match=said):
+        small(**plan)

@@ -166,6 +166,14 @@ class Plan:
     arms_at_once: int = 96  # bounds the memory
     chosen: str = ""  # a `rates.csv`, whose rates are taken; "": they are tried
 
+    def __post_init__(self):
+        if unknown := [o for o in self.pairs if o not in PAIRS]:
+            raise InputError(f"`pairs` has {unknown[0]!r}; it must be of {', '.join(PAIRS)}.")
+        if "rb" not in self.methods:
+            raise InputError(
+                f"`methods` is {', '.join(self.methods)}; it must hold rb, whose noise is the unit."
+            )
+
     def settings(self) -> Settings:
         "What all arms share."
         return Settings(
@@ -371,15 +379,14 @@ def gradient_rows(
             grads = torch.autograd.grad(loss, leaves, retain_graph=True)
             found[method].append(torch.cat([o.flatten(1) for o in grads], 1))
     gradients = {method: torch.cat(o) for method, o in found.items()}  # (batches, parameters)
-    exact, frames = gradients.get("rb"), []
+    exact, frames = gradients["rb"], []
     for method, values in gradients.items():
         mean = values.mean(0)
         row = dict(gradient=method, batch=range(len(values)))
         row |= dict(deviation=(values - mean).square().sum(1).tolist(), mean=mean.square().sum())
-        if exact is not None:
-            other = values - exact
-            row["difference"] = (other - other.mean(0)).square().sum(1).tolist()
-            row["bias"] = other.mean(0).square().sum().item()
+        other = values - exact
+        row["difference"] = (other - other.mean(0)).square().sum(1).tolist()
+        row["bias"] = other.mean(0).square().sum().item()
         frames.append(pd.DataFrame(row | dict(mean=mean.square().sum().item())))
     return pd.concat(frames)
 
