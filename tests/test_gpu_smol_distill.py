@@ -181,7 +181,7 @@ def test_off_policy_training_lowers_its_loss(folders):
 
 
 def test_texts_that_cannot_end(folders):
-    "No end is drawn, and none is in the KL: by transformers, with the end's logit at minus infinity."
+    "No end is drawn, and the KL has none: by transformers, with that logit far below."
     args = options(folders)
     plan = study.replace(PLAN, ends=False, rates=(1e-3,), trace_at=())
     study.train(args, plan)
