@@ -165,8 +165,11 @@ def _check(
 
 
 def _check_hidden(name, hidden, head, shape):
-    if not hidden.is_floating_point():
-        raise TypeError(f"`{name}_hidden` has dtype {hidden.dtype}; it must be floating point.")
+    if not hidden.is_floating_point() or hidden.itemsize < 2:
+        raise TypeError(
+            f"`{name}_hidden` has dtype {hidden.dtype}; it must be floating point, of at least "
+            "16 bits."
+        )
     width = head.weight.shape[1]
     if hidden.shape != (*shape, width):
         raise ValueError(

@@ -21,8 +21,10 @@ def check_float(
         if not isinstance(value, Tensor):
             kind = type(value).__name__
             raise InputTypeError(f"`{name}` is a {kind}; it must be a floating-point torch tensor.")
-        if not value.is_floating_point():
-            raise InputTypeError(f"`{name}` has dtype {value.dtype}; it must be floating point.")
+        if not value.is_floating_point() or value.itemsize < 2:
+            raise InputTypeError(
+                f"`{name}` has dtype {value.dtype}; it must be floating point, of at least 16 bits."
+            )
         if value.shape != tensors[first].shape:
             hint = ", (B, T)"
             if name.endswith("logits"):

@@ -560,6 +560,11 @@ meta = torch.device("meta")
             dict(ref_hidden=torch.zeros(2, 3, 5).long()),
             "`ref_hidden` has dtype torch.int64",
         ),
+        (
+            TypeError,
+            dict(policy_hidden=torch.zeros(2, 3, 4).to(torch.float8_e4m3fn)),
+            "`policy_hidden` has dtype torch.float8_e4m3fn.*at least 16 bits",
+        ),
         (ValueError, dict(policy_head=torch.zeros(4)), r"`weight` is torch.float32 \(4,\)"),
         (ValueError, dict(policy_head=torch.zeros(7, 4).long()), "`weight` is torch.int64"),
         (ValueError, dict(ref_head=torch.zeros(9, 5)), "`ref_head` 9.*`vocab_size`"),

@@ -448,6 +448,7 @@ f = torch.zeros
             "`policy_logits` has dtype torch.int64",
         ),
         (TypeError, lambda: step_kl([[0.0]], f(1, 1)), "`policy_logits` is a list"),
+        (TypeError, lambda: step_kl(f(2, 3), f(2, 3).to(torch.float8_e5m2)), "at least 16 bits"),
         (ValueError, lambda: k1(f(2, 3), f(3, 2)), "`ref_logprobs`"),
         (TypeError, lambda: k3(f(2, 3), f(2, 3).int()), "`ref_logprobs` has dtype"),
         (
