@@ -3,6 +3,7 @@
 python tests/gpu_budget.py --prepared FOLDER --out FOLDER [--seconds SECONDS] [--device cuda]
 
 Tables grow while it runs: training.csv.gz (every update), evaluation.csv. Settings: result.json.
+At the end `condense` writes what is published: runs.csv (a row a run), training.csv (means of bins).
 """
 
 import argparse
@@ -18,6 +19,9 @@ BETA = 0.5  # where it starts
 ARMS = "fitted:kl_rb,fitted:kl_mc,mc:kl_rb,rb:kl_rb"  # method of the update : what is measured
 LOGGED = ("kl_rb", "kl_mc", "reward", "grad_norm")
 SAVE_EVERY = 10  # updates
+RUN = ["method", "measured", "target", "seed"]  # what tells a run from the others
+LATE = 100  # updates at the end of a run, of whose batches runs.csv holds the means
+BINS = 40  # of a run, in training.csv
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -61,6 +65,45 @@ def kl_errors(found, completions: int) -> dict:  # of the mean of `kl_rb`, (A,) 
     if completions > 1:
         errors["kl_stderr_within"] = (kl.var(-1).mean(-1) / (prompts * completions)).sqrt()
     return errors
+
+
+def describe(rows) -> dict:  # `rows`: every update of one run
+    "A run by the batches that it trained on; times and the peak by the running mean of ten."
+    import numpy as np
+
+    late, target = rows.iloc[-LATE:], rows.target.iloc[0]
+    means = rows.kl_rb.rolling(10, min_periods=1).mean()
+    outside = rows["update"][(means / target - 1).abs() > 0.1]
+    return dict(
+        kl=late.kl_rb.mean(),
+        reward=late.reward.mean(),
+        beta=late.beta.mean(),
+        beta_change=np.log(late.beta).diff().std(),  # from one update to the next
+        rb_sd=late.kl_rb.std(),
+        mc_sd=late.kl_mc.std(),
+        settled=outside.max(),  # the last update at which the KL was not within 10 %
+        peak=means.max(),
+    )
+
+
+def condense(folder: Path) -> None:
+    "The two tables that are published: runs.csv, and training.csv, means of `BINS` bins a run."
+    import pandas as pd
+
+    training = pd.read_csv(folder / "training.csv.gz")
+    judged = pd.read_csv(folder / "evaluation.csv")
+    runs = pd.DataFrame(
+        [dict(zip(RUN, run)) | describe(rows) for run, rows in training.groupby(RUN, sort=False)]
+    )
+    judged = judged[judged["update"] == training["update"].max()].set_index(RUN)
+    columns = [o for o in ("kl_rb", "kl_stderr", "kl_stderr_within", "reward") if o in judged]
+    for prompts, rows in judged.groupby("prompts"):
+        runs = runs.join(rows[columns].add_suffix(f"_{prompts}"), on=RUN)
+    runs.to_csv(folder / "runs.csv", index=False, float_format="%.4g")
+    width = max(1, training["update"].max() // BINS)
+    last = ((training["update"] - 1) // width + 1) * width  # of the bin
+    means = training.assign(update=last).groupby([*RUN, "update"], sort=False).mean().reset_index()
+    means.to_csv(folder / "training.csv", index=False, float_format="%.4g")
 
 
 def make_runs(rows, args):
@@ -118,7 +161,7 @@ def main(argv=None):
         return time.monotonic() - began
 
     def write_result():
-        used = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        used = {k: v for k, v in vars(args).items() if not isinstance(v, Path)}
         used["seconds"] = args.seconds if math.isfinite(args.seconds) else None
         cuda = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
         made = dict(updates_made=runs.updates, took=passed(), card=cuda, torch=torch.__version__)
@@ -172,6 +215,8 @@ def main(argv=None):
     save()
     evaluate("train")
     evaluate("evaluation")
+    if runs.updates:
+        condense(args.out)
     inputs.reward.close()
 
 

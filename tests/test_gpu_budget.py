@@ -91,6 +91,33 @@ def test_the_tables_and_the_settings(run):
     assert result["evaluated"] == dict(evaluation=[len(PROMPTS.texts), 3], train=[3, 1])
 
 
+def test_what_is_published(run, tmp_path, monkeypatch):
+    "Against each run's own rows, by numpy."
+    monkeypatch.setattr(gpu_budget, "LATE", 3)
+    monkeypatch.setattr(gpu_budget, "BINS", 2)
+    training, judged, _ = run(updates=4, eval_every=3)
+    runs, bins = (pd.read_csv(tmp_path / f"{o}.csv") for o in ("runs", "training"))
+    assert len(runs) == 8 and len(bins) == 16
+    for _, row in runs.iterrows():
+        own, drawn, last = (
+            o[(o[gpu_budget.RUN] == row[gpu_budget.RUN]).all(axis=1)]
+            for o in (training, bins, judged)
+        )
+        kl, beta = own.kl_rb.to_numpy(), own.beta.to_numpy()
+        means = np.cumsum(kl) / np.arange(1, 5)  # fewer than ten updates: of all so far
+        outside = np.flatnonzero(abs(means / row.target - 1) > 0.1) + 1
+        assert np.isclose(row.kl, kl[1:].mean(), rtol=1e-3)
+        assert np.isclose(row.beta_change, np.diff(np.log(beta[1:])).std(ddof=1), rtol=1e-3)
+        assert np.isclose(row.mc_sd, own.kl_mc.to_numpy()[1:].std(ddof=1), rtol=1e-3)
+        assert np.isclose(row.peak, means.max(), rtol=1e-3) and row.settled == outside.max()
+        assert drawn["update"].tolist() == [2, 4]
+        assert np.allclose(drawn.kl_rb, kl.reshape(2, 2).mean(1), rtol=1e-3)
+        for prompts in ("train", "evaluation"):
+            final = last[(last["update"] == 4) & (last.prompts == prompts)]
+            assert np.isclose(row[f"kl_rb_{prompts}"], final.kl_rb.item(), rtol=1e-3)
+            assert np.isclose(row[f"kl_stderr_{prompts}"], final.kl_stderr.item(), rtol=1e-3)
+
+
 def test_a_run_without_time_still_writes(run):
     training, judged, result = run(updates=3, seconds=0)
     assert training.empty and "kl_mc" in training and result["updates_made"] == 0
