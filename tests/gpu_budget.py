@@ -3,7 +3,7 @@
 python tests/gpu_budget.py --prepared FOLDER --out FOLDER [--seconds SECONDS] [--device cuda]
 
 Tables grow while it runs: training.csv.gz (every update), evaluation.csv. Settings: result.json.
-At the end `condense` writes what is published: runs.csv (a row a run), training.csv (means of bins).
+At the end `condense` writes what is published: runs.csv (a row a run), training.csv (bins of it).
 """
 
 import argparse
