@@ -99,7 +99,7 @@ def condense(folder: Path) -> None:
     columns = [o for o in ("kl_rb", "kl_stderr", "kl_stderr_within", "reward") if o in judged]
     for prompts, rows in judged.groupby("prompts"):
         runs = runs.join(rows[columns].add_suffix(f"_{prompts}"), on=RUN)
-    runs.to_csv(folder / "runs.csv", index=False, float_format="%.4g")
+    runs.to_csv(folder / "runs.csv", index=False, float_format="%.5g")
     width = max(1, training["update"].max() // BINS)
     last = ((training["update"] - 1) // width + 1) * width  # of the bin
     means = training.assign(update=last).groupby([*RUN, "update"], sort=False).mean().reset_index()
