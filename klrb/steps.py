@@ -745,10 +745,18 @@ def _stats_by(kernels, a, b, dtype):
 def _stats(a, b, dtype):
     "The same in PyTorch; there is no entropy, so 0 stands for it."
     large = a.numel() >= COMPILE_FROM
-    parts = [compilable_sums(a[rows], b[rows], large=large)[:6] for rows in _row_slices(a, large)]
-    stats = finish_sums(TileSums(*(torch.cat(o).double() for o in zip(*parts))), dtype)
+    sums = torch.empty(6, len(a), 1, dtype=dtype, device=a.device)
+    for rows in _row_slices(a, large):
+        _put_sums(sums[:, rows], a[rows], b[rows], large)
+    stats = finish_sums(TileSums(*sums.double()), dtype)
     kept = [*stats[:7], torch.zeros_like(stats.kl)]
     return torch.cat(kept, 1).T, stats.kl[:, 0].to(dtype)
+
+
+def _put_sums(sums, a, b, large):
+    "Sums of a chunk. Small results that stay would keep the next chunk out of this one's memory."
+    for to, o in zip(sums, compilable_sums(a, b, large=large)):
+        to.copy_(o)
 
 
 def _write_grads(a, b, weights, policy, ref):

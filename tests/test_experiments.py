@@ -1,14 +1,21 @@
 """The experiments: the whole chain at smoke size, and what is committed of the published runs."""
 
+import contextlib
 import json
+import os
 import re
+import select
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+from nbclient import NotebookClient
 
 import reading
 
@@ -82,6 +89,78 @@ def test_runs_that_are_added_to_a_study_are_in_its_tables(tmp_path):
         assert (found.bytes > 0).all() if name == "runs" else found.step.max() == 60
         kept = [o for o in table if o != "bytes"]
         pd.testing.assert_frame_equal(found[kept], table[kept], check_dtype=False)
+
+
+SLEEPS = "        import time\n\n        time.sleep(3600)\n"
+
+
+def test_a_method_that_does_not_finish_is_a_row_of_the_speed_table_without_a_time(tmp_path):
+    "The paper's formula sleeps here; the other methods and the table of targets are still made."
+    budget, starting = 30, 120  # seconds; two processes and a kernel, on a machine that is busy
+    nb = nbformat.read(reading.EXPERIMENTS / "speed.ipynb", 4)
+    given = f"\nmethods = 'kl_div paper ours'\nbudget_seconds = {budget}\nout_dir = '{tmp_path}'"
+    for cell in nb.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += given
+        if "def from_logits" in cell.source:
+            cell.source = re.sub(r"def paper\(.*\n", lambda o: o[0] + SLEEPS, cell.source)
+    assert any(SLEEPS in cell.source for cell in nb.cells)
+    began = time.monotonic()
+    where = dict(metadata=dict(path=str(reading.EXPERIMENTS)))
+    NotebookClient(nb, timeout=budget + starting, resources=where).execute()
+    assert time.monotonic() - began < budget + starting
+    speed = pd.read_csv(tmp_path / "speed.csv").set_index(["method", "passes"])
+    slow, rest = speed.loc["paper"], speed.drop("paper")
+    assert slow.seconds.isna().all() and (slow.repeats == 0).all()
+    limits = slow.note.str.extract(r"not finished in ([\d.]+) s")[0].astype(float)
+    assert ((limits > 0) & (limits <= budget / 5 / 2)).all()  # two methods were still to try
+    assert len(rest) == 4 and (rest.seconds > 0).all() and rest.note.isna().all()
+    targets = pd.read_csv(tmp_path / "targets.csv")
+    assert targets.met.tolist() == ["not measured"] * 2 and targets.ratio.isna().all()
+    assert targets.note.str.startswith("not finished in").all()
+    assert json.loads((tmp_path / "result.json").read_text()) == {}
+
+
+TAKES_TURNS = """import os, sys
+go, done = map(int, sys.argv[1:])
+while os.read(go, 1) == b".":
+    os.write(done, b".")
+    FAULT
+os.write(done, b".")
+print("RESULT {}")
+"""
+
+
+@pytest.mark.parametrize("slow", ["ours", "stock"])
+@pytest.mark.parametrize("fault", ["import time; time.sleep(3600)", "raise OSError('no model')"])
+def test_a_trainer_that_does_not_finish_or_fails_ends_the_comparison(slow, fault):
+    "Its first step is well, and the other trainer waits for its turn."
+    cells = nbformat.read(reading.EXPERIMENTS / "speed.ipynb", 4).cells
+    cells = [o.source for o in cells if "def result_of" in o.source or "def in_turns" in o.source]
+    space = dict(contextlib=contextlib, json=json, os=os, select=select, subprocess=subprocess)
+    space |= dict(sys=sys, time=time, Path=Path, NamedTuple=NamedTuple)
+    exec("\n".join(cells), space)
+    processes = []
+
+    def start(name, repeats):
+        (of_child, go), (done, to_here) = os.pipe(), os.pipe()
+        code = TAKES_TURNS.replace("FAULT", fault if name == slow else "pass")
+        given = [sys.executable, "-c", code, str(of_child), str(to_here)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(given, **pipes, pass_fds=(of_child, to_here)))
+        os.close(of_child)
+        os.close(to_here)
+        return space["Trainer"](processes[-1], go, done)
+
+    space["start"] = start
+    if "sleep" in fault:
+        made = space["in_turns"](2.0, 15)
+        assert made["ours"]["note"] == made["stock"]["note"] == f"{slow} not finished in 0.5 s"
+        assert all(o["seconds"] == [] for o in made.values())
+    else:
+        with pytest.raises(RuntimeError, match=f"(?s){slow} failed.*no model"):
+            space["in_turns"](2.0, 15)
+    assert all(o.poll() is not None for o in processes)
 
 
 def shown(nb):

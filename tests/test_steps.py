@@ -1,6 +1,9 @@
 """One step: against naive float64 formulas, limits written out by hand, and enumeration."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -497,3 +500,34 @@ f = torch.zeros
 def test_bad_input(error, call, message):
     with pytest.raises(error, match=message):
         call()
+
+
+MEMORY = """
+import ctypes, torch
+from klrb.steps import step_kl
+
+def status(key):
+    return int(next(o for o in open("/proc/self/status") if o.startswith(key)).split()[1]) / 1024
+
+torch.set_num_threads(1)
+a = torch.randn(512, 151936).requires_grad_()
+b = a.detach() + 0.1
+for _ in range(3):  # the first one compiles
+    a.grad = None
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    step_kl(a, b).sum().backward()
+print(status("VmHWM") - before - a.grad.nbytes / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory, as Linux has it")
+def test_the_memory_of_a_chunk_is_used_again_for_the_next():
+    "Ten chunks of at most 32 MiB: two may be resident, where compiled code has a temporary."
+    run = [sys.executable, "-c", MEMORY]
+    env = {o: v for o, v in os.environ.items() if not o.startswith("MALLOC_")}
+    done = subprocess.run(run, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 2 * 32
