@@ -2,6 +2,10 @@
 
 python tests/gpu_budget.py --prepared FOLDER --out FOLDER [--seconds SECONDS] [--device cuda]
 
+The published run: --arms fitted:kl_rb,fitted:kl_mc --updates 1000 --rate 4.5e-5 --proportional 3
+--gain 0.036 --limits 0.1,10 --eval-every 250 --train-prompts 1792 --train-completions 4
+--eval-completions 8. The default rate and gains are those of the run before it, of 300 updates.
+
 Tables grow while it runs: training.csv.gz (every update), evaluation.csv. Settings: result.json.
 At the end `condense` writes what is published: runs.csv (a row a run), training.csv (bins of it).
 """

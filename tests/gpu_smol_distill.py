@@ -55,7 +55,6 @@ class Plan:
     eval_chunk: int = 32  # rollouts of an arm at once
     trace_batches: int = 32  # independent batches behind a covariance
     trace_chunk: int = 8  # of them at once
-    trace_methods: tuple[str, ...] = METHODS
     trace_at: tuple[int, ...] = (0, 75, 150)  # updates of the `rb` run of the first seed
     first_updates: int = 800  # off-policy, on reviews
     first_rate: float = 5e-4  # falls linearly, after a tenth of warm-up
@@ -166,7 +165,7 @@ def text_log_probs(model, weights, ids, mask) -> Tensor:  # (A, B, L - 1, V)
 
 
 def first_stage(student, weights, teacher, teacher_weights, texts: Texts, plan: Plan):
-    "Forward KL on reviews, one student; its weights and the loss of every update."
+    "Train one student in place, forward KL on reviews; the loss of every update."
     order = prompt_orders([0], len(texts.ids), plan.first_updates * plan.first_batch)[0]
     device = texts.ids.device
     order = torch.tensor(order, device=device).split(plan.first_batch)
@@ -322,8 +321,8 @@ def run_stage(study: Study, arms: list[Arm], phase: str) -> tuple[Runs, dict[int
     judged_at = plan.evaluate_at if phase == "final" else ()
     while True:
         if phase == "final" and runs.updates in plan.trace_at:
-            kept |= {runs.updates: {k: o[i : i + 1].clone() for k, o in runs.weights.items()}
-                     for i in first}  # fmt: skip
+            for i in first:
+                kept[runs.updates] = {k: o[i : i + 1].clone() for k, o in runs.weights.items()}
         last = runs.updates == runs.total or time.perf_counter() > deadline
         if last or runs.updates in judged_at:
             runs.evaluate()
@@ -365,7 +364,7 @@ def gradient_rows(study: Study, weights: dict[str, Tensor], update: int) -> pd.D
         return torch.cat(rows)
 
     exact = gradients("rb")
-    for method in plan.trace_methods:
+    for method in plan.methods:
         values = exact if method == "rb" else gradients(method)
         mean, other = values.mean(0), (values - exact).mean(0)
         row = dict(pair="smol", update=update, gradient=method, batch=range(number))
@@ -441,7 +440,6 @@ def load(args: argparse.Namespace, plan: Plan) -> Study:
 
 def make_start(study: Study, args: argparse.Namespace) -> dict[str, float]:  # perplexities
     "Read the student that all arms start from, or make it by the off-policy stage."
-    plan, texts = study.plan, pd.read_parquet(args.prepared / "lm_train.parquet").text
     student, teacher = (study.student, study.start), (study.teacher, study.teacher_weights)
     found = dict(teacher=perplexities(*teacher, study.test)[0])
     found["half"] = perplexities(*student, study.test)[0]
@@ -449,8 +447,9 @@ def make_start(study: Study, args: argparse.Namespace) -> dict[str, float]:  # p
         kept = torch.load(args.start, map_location=args.device, weights_only=True)
         study.start.update(kept)
     else:
-        texts = Texts(study.tokenizer, texts, plan.text_tokens, args.device)
-        losses = first_stage(*student, *teacher, texts, plan)
+        reviews = pd.read_parquet(args.prepared / "lm_train.parquet").text
+        texts = Texts(study.tokenizer, reviews, study.plan.text_tokens, args.device)
+        losses = first_stage(*student, *teacher, texts, study.plan)
         table = pd.DataFrame(dict(update=range(len(losses)), loss=losses))
         table.to_csv(args.out / "first.csv", index=False, float_format="%.5g")
         torch.save(study.start, args.start)
